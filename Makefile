@@ -1,0 +1,41 @@
+# Every target sets up all that it needs, once.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+CORES ?= all
+export DATA_ROOT ?= data
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo experiment test lint clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1@/' | column -t -s @
+
+$(VENV)/.run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(VENV)/bin/pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+experiment: $(VENV)/.run  ## Run configs/experiments/NAME.yaml, or go on where it stopped (DATA_ROOT=folder of the data sets)
+	@test -n "$(NAME)" || { echo "error: name an experiment: make experiment NAME=demo"; ls configs/experiments; exit 2; }
+	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile configs/experiments/$(NAME).yaml \
+		--cores $(CORES) --rerun-incomplete --quiet rules
+
+demo:  ## Run the whole chain on phantoms: real, base, mined, and the report
+	@$(MAKE) --no-print-directory experiment NAME=demo
+
+lint: $(VENV)/.dev  ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint  ## Check style and types and run the tests
+	$(VENV)/bin/pytest
+
+clean:  ## Remove the environment (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .snakemake

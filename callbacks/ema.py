@@ -1,0 +1,23 @@
+"""Exponential moving average of the weights that is right for short runs too."""
+
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+
+class EMA(WeightAveraging):
+    """Average the weights with decay min(``decay``, (1 + n) / (10 + n)) after n updates.
+
+    The warm-up of the decay (as in TensorFlow's ``ExponentialMovingAverage`` and diffusers'
+    ``EMAModel``) forgets the untrained weights whatever the length of the run. Validation and the
+    exported weights use the average.
+
+    Args:
+        decay: decay that the average settles at, in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+            n = int(updates)
+            return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+
+        super().__init__(avg_fn=average)

@@ -1,0 +1,134 @@
+"""Write a synthetic set: images, masks, a manifest, and how it was made."""
+
+import json
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+
+from callbacks.files import in_run
+from errors import InputError
+
+
+def _save_png(array: np.ndarray, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    Image.fromarray(array).save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+class SynthesisCallback(BasePredictionWriter):
+    """Write what ``SynthesisLitModule`` or ``MinerLitModule`` predicts to a folder.
+
+    The folder holds ``images/<index>.png`` (8 bit), ``masks/<index>.png`` (class maps),
+    ``manifest.jsonl`` (a line a sample) and ``dataset.json`` (how it was made). All is written beside
+    the folder and moved there when the last sample is done: it is whole or absent. File names are the
+    sample's index, whatever the batch size or the number of devices.
+
+    Args:
+        folder: where the set goes, relative to ``trainer.default_root_dir``. A set that is already there is replaced; anything else is refused.
+
+    Raises:
+        InputError: ``folder`` exists and is no synthetic set.
+    """
+
+    def __init__(self, folder: str = "synthetic") -> None:
+        super().__init__(write_interval="batch")
+        self.argument = folder
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a folder that holds something else, and prepare an empty one beside it."""
+        if stage != "predict":
+            return
+        self.folder = in_run(trainer, self.argument)
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
+        if self.folder.exists() and not (self.folder / "dataset.json").is_file():
+            raise InputError(
+                f"{self.folder}: exists and is no synthetic set; move it away or name another folder"
+            )
+        if trainer.is_global_zero:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for name in ("images", "masks"):
+                (self.partial / name).mkdir(parents=True)
+        trainer.strategy.barrier()
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the samples of a batch and their lines of the manifest."""
+        images = prediction["image"].cpu().numpy()
+        masks = prediction["mask"].cpu().numpy().astype(np.uint8)
+        notes = {key: value.tolist() for key, value in prediction["notes"].items()}
+        values = prediction["value"].tolist()
+        lines = []
+        for i, index in enumerate(prediction["index"].tolist()):
+            files = {kind: f"{kind}s/{index:06d}.png" for kind in ("image", "mask")}
+            image = images[i, 0] if images.shape[1] == 1 else images[i].transpose(1, 2, 0)
+            _save_png(image, self.partial / files["image"])
+            _save_png(masks[i], self.partial / files["mask"])
+            entry = {
+                "index": index,
+                "seed": pl_module.seed,
+                "source_mask": prediction["source_mask"][i],
+                "method": pl_module.method.name,
+                "reward": pl_module.reward_name,
+                "value": values[i],
+                "kl": 0.0,
+                "seconds": prediction["seconds"],
+                **{key: value[i] for key, value in notes.items()},
+                **files,
+                "weights": self._fingerprints(pl_module),
+            }
+            lines.append(json.dumps(entry))
+        with (self.partial / f"manifest.{trainer.global_rank}.jsonl").open("a") as manifest:
+            manifest.write("\n".join(lines) + "\n")
+
+    def _fingerprints(self, pl_module: Any) -> dict[str, str]:
+        if not hasattr(self, "_cached"):
+            self._cached = pl_module.fingerprints()
+        return self._cached
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Join the manifests of all ranks and move the finished set to its place."""
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        entries = {}
+        for part in self.partial.glob("manifest.*.jsonl"):
+            for line in part.read_text().splitlines():
+                entry = json.loads(line)
+                entries[entry["index"]] = entry
+            part.unlink()
+        ordered = [entries[index] for index in sorted(entries)]
+        (self.partial / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ordered))
+        source = trainer.datamodule.source  # type: ignore[attr-defined]
+        made = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "n": len(ordered),
+            "source": source.name,
+            "class_names": list(source.class_names),
+            "size": list(source.size),
+            "method": pl_module.method.name,
+            "backbone": type(pl_module.backbone).__name__,
+            "segmenter": type(pl_module.anchor).__name__,
+            "reward": pl_module.reward_name,
+            "seed": pl_module.seed,
+            "steps": len(pl_module.sampler.pairs),
+            "weights": self._fingerprints(pl_module),
+        }
+        (self.partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.partial, self.folder)

@@ -1,0 +1,79 @@
+"""Hand a stage's result on: a folder of weights, config.json + safetensors."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from callbacks.files import in_run
+from networks.pretrained import save_pretrained
+
+
+class ExportWeights(Callback):
+    """Write ``module.trained`` to a folder when training ends, as the next stage reads it.
+
+    Without a monitor the weights are the last ones (the averaged ones where an averaging callback
+    runs). With one they are those of the best validation. ``training.json`` beside them notes what they
+    were trained on.
+
+    Args:
+        folder: where the weights go, relative to ``trainer.default_root_dir``; replaced as a whole.
+        monitor: a logged metric to choose by, such as ``val/dsc``.
+        mode: whether a larger or a smaller value is better.
+    """
+
+    def __init__(
+        self, folder: str = "weights", monitor: str | None = None, mode: Literal["max", "min"] = "max"
+    ) -> None:
+        self.folder = folder
+        self.monitor = monitor
+        self.sign = 1.0 if mode == "max" else -1.0
+        self.best = -math.inf
+
+    def _best_folder(self, trainer: L.Trainer) -> Path:
+        final = in_run(trainer, self.folder)
+        return final.with_name(f".{final.name}.best")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Keep the weights when the monitored metric is the best so far; NaN is worse than any number."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"ExportWeights: nothing logs {self.monitor!r}; logged are {known}")
+        value = self.sign * float(trainer.callback_metrics[self.monitor])
+        kept = self._best_folder(trainer)
+        if trainer.is_global_zero and (value > self.best or not kept.exists()):
+            self._write(trainer, pl_module, kept)
+        self.best = max(self.best, -math.inf if math.isnan(value) else value)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Put the chosen weights in place."""
+        if not trainer.is_global_zero:
+            return
+        folder, kept = in_run(trainer, self.folder), self._best_folder(trainer)
+        if self.monitor is None:
+            self._write(trainer, pl_module, folder)
+        elif kept.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(kept, folder)
+
+    def _write(self, trainer: L.Trainer, pl_module: Any, folder: Path) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        facts = {"source": datamodule.source.name, "steps": trainer.global_step}
+        facts |= {
+            key: getattr(datamodule, key) for key in ("n_real", "n_synthetic") if hasattr(datamodule, key)
+        }
+        save_pretrained(pl_module.trained, folder, facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the best value over a resumed run."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+        self.best = state_dict["best"]

@@ -1,0 +1,37 @@
+"""The application: ``python cli.py fit|validate|test|predict --config …``."""
+
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+# Imported so that every class is known by its name alone.
+import callbacks
+import datamodules
+import lightning_modules
+import methods  # noqa: F401
+
+
+class CLI(LightningCLI):
+    """LightningCLI in which ``--trainer.default_root_dir`` names the folder of the run for everything."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the logger write to the folder of the run."""
+        parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
+
+
+def main(args: Sequence[str] | None = None) -> LightningCLI:
+    """Run one stage; ``args`` are those of the command line."""
+    return CLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Labelled images for training a segmenter or a backbone, and the test sets."""
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from datamodules.augment import Augmentation, Level
+from datamodules.sources import Source
+from datamodules.sources.synthetic import SyntheticSet
+from datamodules.streams import StreamDataset, StreamSampler
+from errors import InputError
+
+
+class _Numbered(Dataset[dict[str, Any]]):
+    """Samples of an evaluation set with the number of their case."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.dataset[index]
+        return {"image": sample["image"], "mask": sample["mask"], "index": index}
+
+
+class SegDataModule(L.LightningDataModule):
+    """U_train, or U_train ∪ U_syn as two streams.
+
+    A training batch is ``{"real": {image, mask, index}}``, with a second stream ``"synthetic"`` where a
+    synthetic set is given. Both together always make ``batch_size`` samples, and an epoch is
+    ``steps_per_epoch`` batches whatever the amount of data: arms that are compared train equally long.
+
+    Args:
+        source: where the real images come from.
+        synthetic: folder of a synthesised set; None trains on real images alone.
+        budget: synthetic samples to take, as a multiple of the number of real ones; None takes all.
+        real_fraction: share of a batch that is real, in (0, 1); 0.5 is real : synthetic = 1 : 1.
+        max_real: use only the first real training samples; None uses all.
+        batch_size: samples a batch, of both streams together, on each device.
+        steps_per_epoch: batches an epoch; validation and resume points lie between epochs.
+        augmentation: ``none``, ``flip`` or ``full``; the same for both streams.
+        seed: seed of the order and the augmentation.
+        num_workers: loader processes a stream.
+
+    Raises:
+        InputError: a source or a synthesised set cannot be used, or the arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        synthetic: str | None = None,
+        budget: float | None = None,
+        real_fraction: float = 0.5,
+        max_real: int | None = None,
+        batch_size: int = 16,
+        steps_per_epoch: int = 250,
+        augmentation: Level = "full",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if synthetic is not None and not 0 < batch_size * real_fraction < batch_size:
+            raise InputError(
+                f"real_fraction {real_fraction}: must lie between 0 and 1 when a synthetic set is given"
+            )
+        if synthetic is None and budget is not None:
+            raise InputError(f"budget {budget}: there is no synthetic set; give --data.synthetic its folder")
+        self.source = source
+        self.synthetic = synthetic
+        self.budget = budget
+        self.real_fraction = real_fraction
+        self.max_real = max_real
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.augmentation = Augmentation(augmentation)
+        self.seed = seed
+        self.num_workers = num_workers
+        self.n_real = 0
+        self.n_synthetic = 0
+
+    def setup(self, stage: str) -> None:
+        """Read what the stage needs; every problem with the data is raised here."""
+        if stage in ("fit", "validate"):
+            self.val = _Numbered(self.source.dataset("val"))
+        if stage == "test":
+            self.tests = {name: _Numbered(self.source.dataset(name)) for name in self.source.test_splits}
+            if not self.tests:
+                raise InputError(f"{self.source.name}: has no test set; name one in the source's split")
+        if stage == "fit":
+            real = self.source.dataset("train")
+            self.n_real = len(real)  # type: ignore[arg-type]
+            if self.max_real is not None and self.max_real < self.n_real:
+                real, self.n_real = Subset(real, range(self.max_real)), self.max_real
+            self.streams: dict[str, Dataset] = {"real": real}
+            if self.synthetic is not None:
+                count = None if self.budget is None else round(self.budget * self.n_real)
+                self.streams["synthetic"] = self._read_synthetic(count)
+
+    def _read_synthetic(self, count: int | None) -> SyntheticSet:
+        assert self.synthetic is not None
+        dataset = SyntheticSet(self.synthetic, count)
+        self.n_synthetic = len(dataset)
+        if self.n_synthetic == 0:
+            raise InputError(f"{self.synthetic}: no synthetic sample is left; raise the budget")
+        image, top = dataset[0]["image"], dataset.highest_class
+        expected = (self.source.channels, *self.source.size)
+        if tuple(image.shape) != expected:
+            raise InputError(
+                f"{self.synthetic}: images are {tuple(image.shape)}, those of {self.source.name} {expected}"
+            )
+        if top >= self.source.num_classes:
+            raise InputError(
+                f"{self.synthetic}: masks hold class {top}, {self.source.name} has {self.source.num_classes}"
+            )
+        return dataset
+
+    def train_dataloader(self) -> dict[str, DataLoader]:
+        """Return a loader for each stream."""
+        n_real = self.batch_size if len(self.streams) == 1 else round(self.batch_size * self.real_fraction)
+        n_real = min(max(n_real, 1), self.batch_size - len(self.streams) + 1)
+        sizes = {"real": n_real, "synthetic": self.batch_size - n_real}
+        world = self.trainer.world_size if self.trainer else 1
+        loaders = {}
+        for stream, (name, dataset) in enumerate(self.streams.items()):
+            loaders[name] = DataLoader(
+                StreamDataset(dataset, self.seed, self.augmentation, stream),
+                batch_size=sizes[name],
+                sampler=StreamSampler(self.steps_per_epoch * sizes[name] * world),
+                num_workers=self.num_workers,
+            )
+        return loaders
+
+    def _evaluation_loader(self, dataset: Dataset) -> DataLoader:
+        return DataLoader(dataset, batch_size=2 * self.batch_size, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation set."""
+        return self._evaluation_loader(self.val)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Return every test set, in the order of ``source.test_splits``."""
+        return [self._evaluation_loader(dataset) for dataset in self.tests.values()]
+
+    def preview(self, count: int) -> dict[str, Tensor]:
+        """Return the first ``count`` validation samples as one batch: ``image``, ``mask`` and ``index``."""
+        return default_collate([self.val[i] for i in range(min(count, len(self.val)))])

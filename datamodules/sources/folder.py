@@ -1,0 +1,437 @@
+"""Images and masks from folders, paired by file stem."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from datamodules.sources.source import Sample, Source
+from errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
+_GREY_16_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with images and masks in two sub-folders.
+
+    Attributes:
+        root: the folder.
+        images: sub-folder of the images.
+        masks: sub-folder of the masks.
+    """
+
+    root: str
+    images: str = "images"
+    masks: str = "masks"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    stem: str
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How files become arrays."""
+
+    size: tuple[int, int]
+    channels: int
+    threshold: int | None
+    values: tuple[int, ...]
+
+
+class FolderSource(Source):
+    """An image set from a folder of images and a folder of masks.
+
+    Files are PNG, JPEG, TIFF or BMP; an image and its mask share the stem of their names, whatever
+    the suffix. Images are resized bilinearly with antialiasing and scaled by the range of their
+    pixel type, 8 or 16 bits, to float32 ``(C, H, W)`` in [−1, 1]. Masks are turned into classes
+    first and resized to the nearest neighbour after, int64 ``(H, W)``.
+
+    The constructor only lists, pairs and splits file names. ``dataset(split)`` decodes and checks the
+    files of that split and keeps them in memory with 8 bits a value.
+
+    Args:
+        root: folder that holds the sub-folders ``images`` and ``masks``; ``~`` and environment variables
+            are filled in.
+        name: name of the set in reports; None takes the name of ``root``.
+        images: sub-folder of the images.
+        masks: sub-folder of the masks.
+        size: height and width (H, W) of the samples in pixels; one number makes them square.
+        channels: 1 for grey or 3 for RGB; files of the other kind are converted.
+        class_names: names of the classes, the background first.
+        threshold: for masks of two classes, grey values above it are class 1; None where pixel values
+            are classes.
+        class_values: pixel value of each class, in the order of ``class_names``; None means 0, 1, 2, ….
+            Needs ``threshold`` None.
+        fractions: share of the images for each split, ``train`` and ``val`` among them, all other
+            names being test sets; a sum below 1 leaves images out. None is 0.7 train, 0.1 val, 0.2 test.
+        lists: instead of fractions, a text file for each split with one stem a line, its path relative
+            to ``root``; stems in no list are left out.
+        group: regular expression with one group that finds the patient or video in a stem; the images
+            of one never straddle two splits.
+        tests: further test sets by name, each a whole folder.
+        seed: seed of the random split by fractions; the split does not depend on the order on disk.
+
+    Raises:
+        InputError: an argument is out of its range, a folder is absent or empty, images and masks do
+            not pair, or the split is impossible.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        name: str | None = None,
+        images: str = "images",
+        masks: str = "masks",
+        size: tuple[int, int] | int = 256,
+        channels: Literal[1, 3] = 3,
+        class_names: Sequence[str] = ("background", "foreground"),
+        threshold: int | None = 127,
+        class_values: Sequence[int] | None = None,
+        fractions: Mapping[str, float] | None = None,
+        lists: Mapping[str, str] | None = None,
+        group: str | None = None,
+        tests: Mapping[str, Folder] | None = None,
+        seed: int = 0,
+    ) -> None:
+        root = str(_expand(root))
+        self.name = Path(root).resolve().name if name is None else name
+        self.class_names = tuple(class_names)
+        self.channels = channels
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self._format = _format(self.size, channels, self.class_names, threshold, class_values)
+
+        pairs = _pair(Folder(root, images, masks))
+        groups = _groups(pairs, group)
+        if lists is not None:
+            if fractions is not None:
+                raise InputError("both fractions and lists are given: set one of the two")
+            split = _split_by_lists(pairs, groups, {key: Path(root) / lists[key] for key in lists})
+        else:
+            split = _split_by_fractions(
+                groups, DEFAULT_FRACTIONS if fractions is None else fractions, seed, self.name
+            )
+        self._pairs = {key: [pairs[stem] for stem in split[key]] for key in _ordered(split)}
+        for key, folder in (tests or {}).items():
+            if key in self._pairs:
+                raise InputError(f"tests: {key!r} is the name of another split; choose another name")
+            self._pairs[key] = list(_pair(folder).values())
+        self.splits = tuple(self._pairs)
+        self._datasets: dict[str, _FolderDataset] = {}
+
+    def _dataset(self, split: str) -> Dataset[Sample]:
+        if split not in self._datasets:
+            self._datasets[split] = _FolderDataset(self._pairs[split], self._format)
+        return self._datasets[split]
+
+
+class _FolderDataset(Dataset[Sample]):
+    """The decoded files of one split."""
+
+    def __init__(self, pairs: Sequence[_Pair], form: _Format) -> None:
+        self._stems = [pair.stem for pair in pairs]
+        with ThreadPoolExecutor() as pool:
+            decoded = list(pool.map(lambda pair: _read(pair, form), pairs))
+        self._images = [image for image, _, _ in decoded]
+        self._masks = [mask for _, mask, _ in decoded]
+        if form.threshold is not None:
+            _check_threshold(pairs, [peak for _, _, peak in decoded], form.threshold)
+
+    def __len__(self) -> int:
+        return len(self._stems)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = self._images[index].astype(np.float32) / np.float32(127.5) - np.float32(1)
+        return {
+            "image": torch.from_numpy(image),
+            "mask": torch.from_numpy(self._masks[index].astype(np.int64)),
+            "id": self._stems[index],
+        }
+
+
+def _format(
+    size: tuple[int, int],
+    channels: int,
+    class_names: tuple[str, ...],
+    threshold: int | None,
+    class_values: Sequence[int] | None,
+) -> _Format:
+    if min(size) < 1:
+        raise InputError(f"size is {size}; height and width must be at least 1")
+    if channels not in (1, 3):
+        raise InputError(f"channels is {channels}; it is 1 for grey or 3 for RGB images")
+    if not 2 <= len(class_names) <= 256:
+        raise InputError(f"class_names has {len(class_names)} names; between 2 and 256 are possible")
+    if threshold is not None and len(class_names) != 2:
+        raise InputError(
+            f"threshold {threshold} makes masks of 2 classes, but class_names has {len(class_names)}: "
+            "set threshold to null where pixel values are classes"
+        )
+    if threshold is not None and class_values is not None:
+        raise InputError("class_values and threshold exclude each other: set threshold to null")
+    values = tuple(range(len(class_names)) if class_values is None else class_values)
+    if len(values) != len(class_names) or len(set(values)) != len(values):
+        raise InputError(
+            f"class_values is {list(values)}; it must have one value, different from all others, for "
+            f"each of the {len(class_names)} class_names"
+        )
+    return _Format(size, channels, threshold, values)
+
+
+# ----------------------------------------------------------------------------- pairs and splits
+
+
+def _expand(root: str) -> Path:
+    """Fill in ``~`` and environment variables, such as ``${DATA_ROOT}/Kvasir-SEG``."""
+    path = os.path.expandvars(os.path.expanduser(root))
+    if "$" in path:
+        raise InputError(f"{root}: an environment variable in it is not set; set it, or write the path out")
+    return Path(path)
+
+
+def _pair(folder: Folder) -> dict[str, _Pair]:
+    """Pair the files of a folder by stem, sorted by stem."""
+    root = _expand(folder.root)
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: check root")
+    images = _by_stem(root / folder.images, "images")
+    masks = _by_stem(root / folder.masks, "masks")
+    for stem in sorted(images.keys() - masks.keys()):
+        raise InputError(
+            f"{images[stem]} has no mask: add {root / folder.masks / stem}.* or remove the image"
+        )
+    for stem in sorted(masks.keys() - images.keys()):
+        raise InputError(
+            f"{masks[stem]} has no image: add {root / folder.images / stem}.* or remove the mask"
+        )
+    return {stem: _Pair(stem, images[stem], masks[stem]) for stem in sorted(images)}
+
+
+def _by_stem(folder: Path, argument: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: check the argument {argument}")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        if path.stem in files:
+            raise InputError(f"{files[path.stem]} and {path.name} have the same stem: rename or remove one")
+        files[path.stem] = path
+    if not files:
+        raise InputError(f"{folder} has no images: files must end in {', '.join(SUFFIXES)}")
+    return files
+
+
+def _groups(pairs: Mapping[str, _Pair], pattern: str | None) -> dict[str, str]:
+    """Group of each stem; without a pattern every image is its own."""
+    if pattern is None:
+        return {stem: stem for stem in pairs}
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"group {pattern!r} is not a regular expression: {error}") from error
+    if regex.groups != 1:
+        raise InputError(f"group {pattern!r} has {regex.groups} groups in parentheses; it needs exactly one")
+    groups = {}
+    for stem, pair in pairs.items():
+        found = regex.search(stem)
+        if found is None or found[1] is None:
+            raise InputError(f"{pair.image}: group {pattern!r} does not match the stem {stem!r}")
+        groups[stem] = found[1]
+    return groups
+
+
+def _check_names(names: Iterable[str], argument: str) -> None:
+    missing = [name for name in ("train", "val") if name not in names]
+    if missing:
+        raise InputError(f"{argument} has no {' and no '.join(missing)}: both train and val must be given")
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Train, val, and then the test sets as given."""
+    return ["train", "val", *(name for name in names if name not in ("train", "val"))]
+
+
+def _split_by_fractions(
+    groups: Mapping[str, str], fractions: Mapping[str, float], seed: int, source: str
+) -> dict[str, list[str]]:
+    """Stems of each split; whole groups, in random order, go to the split that is the least full."""
+    _check_names(fractions, "fractions")
+    for name, share in fractions.items():
+        if not 0 < share <= 1:
+            raise InputError(f"fractions: {name} is {share}; it must be above 0 and at most 1")
+    if sum(fractions.values()) > 1 + 1e-9:
+        raise InputError(f"fractions sum to {sum(fractions.values()):g}; the sum must be at most 1")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must be at least 0")
+    members: dict[str, list[str]] = {}
+    for stem in sorted(groups):
+        members.setdefault(groups[stem], []).append(stem)
+    keys = sorted(members)
+    order = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
+
+    names = _ordered(fractions)
+    ends = np.rint(np.cumsum([fractions[name] for name in names]) * len(groups))
+    wanted = dict(zip(names, np.diff(ends, prepend=0), strict=True))
+    split: dict[str, list[str]] = {name: [] for name in names}
+    for key in order:
+        open_splits = [name for name in names if len(split[name]) < wanted[name]]
+        if not open_splits:
+            break
+        emptiest = min(open_splits, key=lambda name: len(split[name]) / wanted[name])
+        split[emptiest] += members[key]
+    for name in names:
+        if not split[name]:
+            raise InputError(
+                f"fractions: no image of {source} falls to {name} ({len(groups)} images in {len(keys)} "
+                "groups): raise its fraction, change seed, or add images"
+            )
+    return split
+
+
+def _split_by_lists(
+    pairs: Mapping[str, _Pair], groups: Mapping[str, str], lists: Mapping[str, Path]
+) -> dict[str, list[str]]:
+    _check_names(lists, "lists")
+    split = {name: _read_list(path, pairs) for name, path in lists.items()}
+    listed: dict[str, str] = {}
+    owner: dict[str, tuple[str, str]] = {}
+    for name, stems in split.items():
+        for stem in stems:
+            if stem in listed:
+                raise InputError(f"{lists[name]}: {stem!r} is in {lists[listed[stem]]} already: keep it once")
+            listed[stem] = name
+            previous, first = owner.setdefault(groups[stem], (name, stem))
+            if previous != name:
+                raise InputError(
+                    f"{lists[name]}: {stem!r} is of the same group {groups[stem]!r} as {first!r} in "
+                    f"{lists[previous]}: keep a group in one list"
+                )
+    return split
+
+
+def _read_list(path: Path, pairs: Mapping[str, _Pair]) -> list[str]:
+    """Stems of a list file; the suffix of an image file is allowed behind a stem."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a text file: {error}") from error
+    stems = [line[: -len(Path(line).suffix)] if _is_file_name(line) else line for line in lines if line]
+    if not stems:
+        raise InputError(f"{path} is empty: write one stem a line")
+    for stem in stems:
+        if stem not in pairs:
+            raise InputError(f"{path}: no image has the stem {stem!r}: remove the line or add the image")
+    return stems
+
+
+def _is_file_name(line: str) -> bool:
+    return Path(line).suffix.lower() in SUFFIXES
+
+
+# ------------------------------------------------------------------------------------- decoding
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return file.copy()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}): replace the file") from error
+
+
+def _read(pair: _Pair, form: _Format) -> tuple[Bytes, Bytes, int]:
+    """Image uint8 ``(C, H, W)``, class map uint8 ``(H, W)``, and the largest value of the mask."""
+    image, mask = _open(pair.image), _open(pair.mask)
+    if image.size != mask.size:
+        raise InputError(
+            f"{pair.mask} is {mask.height} × {mask.width} but its image {pair.image.name} is "
+            f"{image.height} × {image.width}: they must have the same size"
+        )
+    levels = _levels(pair.mask, mask, indexed=form.threshold is None)
+    if form.threshold is None:
+        classes = _classes(pair.mask, levels, form.values)
+    else:
+        classes = (levels > form.threshold).astype(np.uint8)
+    resized = Image.fromarray(classes).resize(form.size[::-1], Image.Resampling.NEAREST)
+    return _image(pair.image, image, form), np.asarray(resized), int(levels.max())
+
+
+def _image(path: Path, image: Image.Image, form: _Format) -> Bytes:
+    """Convert to 8 bits and the wanted channels, and resize: ``(C, H, W)``."""
+    if image.mode in _GREY_16_BIT:
+        image = Image.fromarray(_grey_16_bit(path, image).astype(np.float32) / 257)
+    elif image.mode == "F":
+        raise InputError(f"{path} has floating-point pixels: save it with 8 or 16 bits")
+    else:
+        image = image.convert("RGB" if form.channels == 3 else "L")
+    pixels = np.asarray(image.resize(form.size[::-1], Image.Resampling.BILINEAR))
+    levels = np.rint(pixels).astype(np.uint8)
+    if levels.ndim == 2:
+        levels = np.repeat(levels[..., None], form.channels, axis=2)
+    return np.ascontiguousarray(levels.transpose(2, 0, 1))
+
+
+def _grey_16_bit(path: Path, image: Image.Image) -> NDArray[np.int64]:
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise InputError(f"{path} has values outside 0 to 65535: save it with 8 or 16 bits")
+    return levels
+
+
+def _levels(path: Path, mask: Image.Image, indexed: bool) -> NDArray[np.int64]:
+    """Pixel values of a mask ``(H, W)``; ``indexed`` keeps palette indices and refuses colours."""
+    if mask.mode in _GREY_16_BIT:
+        return _grey_16_bit(path, mask)
+    if mask.mode == "F":
+        raise InputError(f"{path} has floating-point pixels: save the mask with 8 or 16 bits")
+    if not indexed:
+        return np.asarray(mask.convert("L")).astype(np.int64)
+    if mask.mode in ("1", "L", "P"):
+        return np.asarray(mask).astype(np.int64)
+    colours = np.asarray(mask.convert("RGB")).astype(np.int64)
+    if (colours != colours[..., :1]).any():
+        raise InputError(f"{path} is a colour image: save the mask as grey values, one for each class")
+    return colours[..., 0]
+
+
+def _classes(path: Path, levels: NDArray[np.int64], values: tuple[int, ...]) -> Bytes:
+    order = np.argsort(values)
+    known = np.asarray(values)[order]
+    position = np.minimum(np.searchsorted(known, levels), len(known) - 1)
+    unknown = np.unique(levels[known[position] != levels])
+    if unknown.size:
+        shown = ", ".join(str(value) for value in unknown[:8]) + (", …" if unknown.size > 8 else "")
+        raise InputError(
+            f"{path} has the label {shown}, which is no class: the classes have the values "
+            f"{', '.join(map(str, values))}; set class_names and class_values, or correct the mask"
+        )
+    return order[position].astype(np.uint8)
+
+
+def _check_threshold(pairs: Sequence[_Pair], peaks: Sequence[int], threshold: int) -> None:
+    """Refuse a split without any foreground: the masks are probably 0 and 1."""
+    brightest = int(np.argmax(peaks))
+    if peaks[brightest] <= threshold:
+        raise InputError(
+            f"{pairs[brightest].mask}: no pixel is above threshold {threshold}, here or in any other mask "
+            f"of the split; the largest value is {peaks[brightest]}: set threshold below it"
+        )

@@ -1,0 +1,71 @@
+"""What every image set looks like to the rest of the application."""
+
+from abc import ABC, abstractmethod
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from errors import InputError
+
+
+class Sample(TypedDict):
+    """One labelled image.
+
+    Attributes:
+        image: float32 ``(C, H, W)`` in [−1, 1].
+        mask: int64 class map ``(H, W)``, 0 is the background.
+        id: name of the sample, unique within its split.
+        mode: appearance mode, where the source knows one (phantoms do).
+    """
+
+    image: Tensor
+    mask: Tensor
+    id: str
+    mode: NotRequired[int]
+
+
+class Source(ABC):
+    """A labelled image set with named splits.
+
+    ``train`` and ``val`` always exist; every other split is a test set, reported as one row under
+    its name.
+
+    Attributes:
+        name: what the set is called in reports.
+        class_names: names of the classes, the background first.
+        channels: image channels C.
+        size: height and width (H, W) of every sample, in pixels.
+        splits: names of the splits, ``train`` and ``val`` first.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    channels: int
+    size: tuple[int, int]
+    splits: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.class_names)
+
+    @property
+    def test_splits(self) -> tuple[str, ...]:
+        """Names of the test sets: all splits but ``train`` and ``val``."""
+        return tuple(name for name in self.splits if name not in ("train", "val"))
+
+    def dataset(self, split: str) -> Dataset[Sample]:
+        """Return a split as a sized, map-style dataset of :class:`Sample`.
+
+        Raises:
+            InputError: the split does not exist, or its data cannot be used; every problem that a
+                look at the files can show is raised here, not while training.
+        """
+        if split not in self.splits:
+            raise InputError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}")
+        return self._dataset(split)
+
+    @abstractmethod
+    def _dataset(self, split: str) -> Dataset[Sample]:
+        """Return a split that is known to exist."""

@@ -1,0 +1,76 @@
+"""Training data as a stream in which item n depends on (seed, n) alone.
+
+An epoch is a fixed number of steps, not a pass over the data: runs with more data train for exactly as
+long as runs with less. Item n picks its sample and its augmentation from a generator of (seed, n), so
+that a resumed run, or one on another number of devices, sees the same stream.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from datamodules.sources import Sample
+
+Transform = Callable[[Sample, np.random.Generator], Sample]
+
+
+def item_generator(seed: int, n: int, stream: int = 0) -> np.random.Generator:
+    """Return numpy's generator of item n of a stream."""
+    return np.random.default_rng([seed, n, stream])
+
+
+class StreamDataset(Dataset[dict[str, Any]]):
+    """A finite dataset, drawn from without end.
+
+    Each pass takes every sample once, in an order of its own.
+
+    Args:
+        dataset: labelled samples.
+        seed: seed of the order and of the augmentation.
+        transform: augmentation, called with the sample and the generator of its item.
+        stream: tells apart streams of one seed.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Sample], seed: int, transform: Transform | None = None, stream: int = 0
+    ) -> None:
+        self.dataset = dataset
+        self.size = len(dataset)  # type: ignore[arg-type]
+        self.seed = seed
+        self.transform = transform
+        self.stream = stream
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        """Return item n: the sample's ``image`` and ``mask``, and ``index`` = n."""
+        turn, place = divmod(n, self.size)
+        order = item_generator(self.seed, turn, 2 * self.stream + 1).permutation(self.size)
+        sample = self.dataset[int(order[place])]
+        if self.transform is not None:
+            sample = self.transform(sample, item_generator(self.seed, n, 2 * self.stream))
+        return {"image": sample["image"], "mask": sample["mask"], "index": n}
+
+
+class StreamSampler(Sampler[int]):
+    """Numbers of the items of one epoch: epoch · length … epoch · length + length − 1.
+
+    Lightning calls ``set_epoch``, also through its distributed wrapper.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the epoch's item numbers in order."""
+        start = self.epoch * self.length
+        return iter(range(start, start + self.length))
+
+    def __len__(self) -> int:
+        """Return the items of an epoch."""
+        return self.length

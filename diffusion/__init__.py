@@ -1,0 +1,1 @@
+"""The frozen side: schedules, DDIM, truncated rollouts, backbones. Nothing here knows Lightning."""

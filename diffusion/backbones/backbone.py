@@ -1,0 +1,73 @@
+"""What a mask-to-image diffusion model looks like to the miner, the methods and the sampler."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.schedule import Spacing, alphas_cumprod
+from networks.pretrained import Pretrained
+
+
+class Backbone(Pretrained):
+    """q_φ(x | y), a diffusion model conditioned on a mask.
+
+    Attributes:
+        alphas_cumprod: ᾱ_t of the trained schedule, float32 ``(T,)``.
+        spacing: how its DDIM timesteps are spaced.
+        steps_offset: offset of its DDIM timesteps under ``leading`` spacing.
+        final_alpha: ᾱ that the last DDIM step ends at.
+        clip_sample: whether the sampler clips every x̂_0 to [−1, 1].
+        image_channels: channels of the decoded image.
+        num_classes: classes of the masks, background included.
+    """
+
+    alphas_cumprod: Tensor
+    spacing: Spacing = "leading"
+    steps_offset: int = 0
+    final_alpha: float = 1.0
+    clip_sample: bool = False
+    image_channels: int
+    num_classes: int
+
+    def _register_schedule(
+        self, beta_schedule: str, beta_start: float, beta_end: float, train_steps: int
+    ) -> None:
+        table = alphas_cumprod(beta_schedule, beta_start, beta_end, train_steps)
+        self.register_buffer("alphas_cumprod", table, persistent=False)
+
+    @abstractmethod
+    def noise_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of one sample's x_T for images of ``size`` (H, W) pixels."""
+
+    @abstractmethod
+    def condition(self, mask: Tensor) -> Any:
+        """Return all that does not depend on t, for masks int64 ``(B, H, W)``; computed once a batch."""
+
+    @abstractmethod
+    def epsilon(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """Return ε_φ(x_t, t | y) float32 like ``x_t``; t int64 ``(B,)``; guidance is inside."""
+
+    @abstractmethod
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return images ``(B, C, H, W)`` for final latents; differentiable, not clipped."""
+
+    @abstractmethod
+    def training_loss(self, image: Tensor, mask: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """Return the backbone's own training loss, a scalar.
+
+        Args:
+            image: ``(B, C, H, W)`` in [−1, 1].
+            mask: int64 ``(B, H, W)``.
+            epsilon: standard normal noise ``(B, *noise_shape)``.
+            t: int64 timesteps ``(B,)``.
+        """
+
+    def alpha_bar(self, t: Tensor | int) -> Tensor:
+        """Return ᾱ_t, broadcastable over ``(B, C, H, W)``; t = −1 is the end of the last step."""
+        t = torch.as_tensor(t, device=self.alphas_cumprod.device).reshape(-1)
+        values = torch.where(
+            t < 0, self.alphas_cumprod.new_tensor(self.final_alpha), self.alphas_cumprod[t.clamp(min=0)]
+        )
+        return values.reshape(-1, 1, 1, 1)

@@ -1,0 +1,97 @@
+"""SegDiff in pixel space: the mask is concatenated to the noisy image.
+
+Konz et al., "Anatomically-Controllable Medical Image Generation with Segmentation-Guided Diffusion
+Models", MICCAI 2024.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from diffusion.backbones.backbone import Backbone
+from diffusion.schedule import add_noise
+
+
+class SegDiff(Backbone):
+    """A diffusers ``UNet2DModel`` that reads [x_t, mask].
+
+    Args:
+        image_channels: channels of the images.
+        num_classes: classes of the masks, background included.
+        mask_encoding: ``index`` is one channel of value class / 255, as Konz et al. have it;
+            ``onehot`` is a channel per foreground class, which learns faster from scratch.
+        block_out_channels: features of each level; the default is the published network.
+        layers_per_block: residual layers a level.
+        attention_levels: which levels (0 is the finest) have self-attention.
+        norm_num_groups: groups of the GroupNorm; must divide every level's features.
+        beta_schedule: ``linear`` or ``scaled_linear``.
+        beta_start: β of the first timestep.
+        beta_end: β of the last timestep.
+        train_steps: timesteps T of the schedule.
+        clip_sample: clip every x̂_0 to [−1, 1] while sampling, as diffusers does by default.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_channels: int = 3,
+        num_classes: int = 2,
+        mask_encoding: Literal["index", "onehot"] = "index",
+        block_out_channels: Sequence[int] = (128, 128, 256, 256, 512, 512),
+        layers_per_block: int = 2,
+        attention_levels: Sequence[int] = (4,),
+        norm_num_groups: int = 32,
+        beta_schedule: Literal["linear", "scaled_linear"] = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        train_steps: int = 1000,
+        clip_sample: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image_channels = image_channels
+        self.num_classes = num_classes
+        self.mask_encoding = mask_encoding
+        self.clip_sample = clip_sample
+        self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
+        levels = range(len(block_out_channels))
+        self.unet = UNet2DModel(
+            in_channels=image_channels + (1 if mask_encoding == "index" else num_classes - 1),
+            out_channels=image_channels,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            down_block_types=tuple(
+                "AttnDownBlock2D" if i in attention_levels else "DownBlock2D" for i in levels
+            ),
+            up_block_types=tuple(
+                "AttnUpBlock2D" if i in attention_levels else "UpBlock2D" for i in reversed(levels)
+            ),
+        )
+
+    def noise_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return (C, H, W): the noise lives in pixel space."""
+        return (self.image_channels, *size)
+
+    def condition(self, mask: Tensor) -> Tensor:
+        """Return the mask channels ``(B, M, H, W)``."""
+        if self.mask_encoding == "index":
+            return mask.unsqueeze(1).float() / 255
+        return F.one_hot(mask, self.num_classes)[..., 1:].permute(0, 3, 1, 2).float()
+
+    def epsilon(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return ε_φ(x_t, t | y), float32 ``(B, C, H, W)``."""
+        return self.unet(torch.cat([x_t, condition], dim=1), t, return_dict=False)[0].float()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return the latent itself: it is the image."""
+        return latent
+
+    def training_loss(self, image: Tensor, mask: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+        """Return the mean squared error on ε (Ho et al., NeurIPS 2020, equation 14)."""
+        x_t = add_noise(image, epsilon, self.alpha_bar(t))
+        return F.mse_loss(self.epsilon(x_t, t, self.condition(mask)), epsilon)

@@ -1,0 +1,94 @@
+"""Deterministic DDIM through a backbone: the initial score, full sampling, truncated rollouts."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from diffusion.backbones.backbone import Backbone
+from diffusion.schedule import add_noise, ddim_timesteps, predict_x0
+
+GradientMode = Literal["stop", "full"]
+
+
+class Sampler:
+    """DDIM with η = 0 (Song et al., ICLR 2021, equation 12), in float32.
+
+    Args:
+        backbone: the diffusion model.
+        steps: steps of the full schedule.
+
+    Raises:
+        ValueError: the schedule has a zero terminal signal-to-noise ratio: √(1/ᾱ_T) would be infinite.
+    """
+
+    def __init__(self, backbone: Backbone, steps: int = 50) -> None:
+        self.backbone = backbone
+        self.pairs = ddim_timesteps(
+            steps, len(backbone.alphas_cumprod), backbone.spacing, backbone.steps_offset
+        )
+        if self.terminal_alpha <= 1e-8:
+            raise ValueError(
+                "the schedule ends at zero signal-to-noise ratio (ᾱ_T = 0), where x̂_0 and the rollout's gradient "
+                "√(1/ᾱ_T) are not defined; use a schedule that is not rescaled to zero terminal SNR"
+            )
+
+    @property
+    def terminal_alpha(self) -> float:
+        """ᾱ at the first timestep of the schedule."""
+        return float(self.backbone.alphas_cumprod[self.pairs[0][0]])
+
+    def _epsilon(self, x_t: Tensor, t: int, condition: Any) -> Tensor:
+        times = torch.full((len(x_t),), t, device=x_t.device, dtype=torch.long)
+        return self.backbone.epsilon(x_t, times, condition).float()
+
+    def _x0(self, x_t: Tensor, epsilon: Tensor, t: int) -> Tensor:
+        x_0 = predict_x0(x_t, epsilon, self.backbone.alpha_bar(t))
+        return x_0.clamp(-1, 1) if self.backbone.clip_sample else x_0
+
+    def _run(
+        self, x: Tensor, condition: Any, pairs: list[tuple[int, int]], epsilon: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x after the last pair, x̂_0 of the last call)."""
+        x_0 = x
+        for t, t_prev in pairs:
+            eps = epsilon(x, t, condition)
+            x_0 = self._x0(x, eps, t)
+            x = add_noise(x_0, eps, self.backbone.alpha_bar(t_prev))
+        return x, x_0
+
+    @torch.no_grad()
+    def initial_score(self, x_T: Tensor, condition: Any) -> Tensor:
+        """Return S = −ε_φ(x_T, T | y) / √(1 − ᾱ_T), like ``x_T``, at the schedule's first timestep."""
+        return -self._epsilon(x_T, self.pairs[0][0], condition) / (1 - self.terminal_alpha) ** 0.5
+
+    @torch.no_grad()
+    def sample(self, x_T: Tensor, condition: Any) -> Tensor:
+        """Return images in [−1, 1] from initial noise ``(B, *noise_shape)``, by the whole schedule."""
+        latent, _ = self._run(x_T, condition, self.pairs, self._epsilon)
+        return self.backbone.decode(latent).clamp(-1, 1)
+
+    def rollout(self, x_T: Tensor, condition: Any, truncate: int, gradient: GradientMode = "stop") -> Tensor:
+        """Return x̂_0, a latent, at the ``truncate``-th call of the schedule, differentiable in ``x_T``.
+
+        ``stop`` is the paper's temporal stop-gradient, ∂ε_φ/∂x_t ≡ 0. Every step is then linear in x, so
+        that ∂x̂_0/∂x_T = √(1/ᾱ_T) for any truncation: the rollout runs without a graph and the constant
+        is attached to its result. ``full`` differentiates through the backbone, which is called again in
+        the backward pass so that memory does not grow with the number of calls.
+        x̂_0 is clipped inside the rollout where the backbone's sampler clips; ``stop`` takes no notice.
+
+        Raises:
+            ValueError: ``truncate`` is not in 1 … number of steps.
+        """
+        if not 1 <= truncate <= len(self.pairs):
+            raise ValueError(f"rollout of {truncate} steps: the schedule has {len(self.pairs)}")
+        pairs = self.pairs[:truncate]
+        if gradient == "full":
+            return self._run(x_T, condition, pairs, self._checkpointed)[1]
+        with torch.no_grad():
+            _, x_0 = self._run(x_T, condition, pairs, self._epsilon)
+        return x_0 + (x_T - x_T.detach()) / self.terminal_alpha**0.5
+
+    def _checkpointed(self, x_t: Tensor, t: int, condition: Any) -> Tensor:
+        return checkpoint(self._epsilon, x_t, t, condition, use_reentrant=False)

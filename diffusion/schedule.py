@@ -1,0 +1,63 @@
+"""Noise schedules, explicit timestep lists and the deterministic DDIM step."""
+
+from typing import Literal
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+def alphas_cumprod(beta_schedule: str, beta_start: float, beta_end: float, train_steps: int) -> Tensor:
+    """Return ᾱ_t for t = 0 … T−1, float32 ``(T,)``.
+
+    Args:
+        beta_schedule: ``linear`` or ``scaled_linear`` as diffusers names them (the "linear" of the
+            latent-diffusion code base *is* ``scaled_linear``).
+        beta_start: β of the first timestep.
+        beta_end: β of the last timestep.
+        train_steps: T.
+    """
+    return DDPMScheduler(train_steps, beta_start, beta_end, beta_schedule).alphas_cumprod
+
+
+def ddim_timesteps(
+    steps: int, train_steps: int = 1000, spacing: Spacing = "leading", offset: int = 0
+) -> list[tuple[int, int]]:
+    """Return the (t, t_prev) pairs of a DDIM schedule, noisiest first; the last t_prev is −1.
+
+    t_prev is simply the next t of the list. Truncation means slicing this list: the first 10 pairs of
+    a 50-step schedule are another thing than a 10-step schedule.
+
+    Args:
+        steps: number of DDIM steps, at most ``train_steps``.
+        train_steps: T of the trained schedule.
+        spacing: as in Table 2 of Lin et al., "Common Diffusion Noise Schedules and Sample Steps are
+            Flawed", WACV 2024.
+        offset: added to every t under ``leading``.
+
+    Raises:
+        ValueError: ``steps`` is not in 1 … ``train_steps``, or a timestep falls outside the schedule.
+    """
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"{steps} DDIM steps of a schedule with {train_steps}: choose 1 to {train_steps}")
+    if spacing == "leading":
+        times = [i * (train_steps // steps) + offset for i in reversed(range(steps))]
+    elif spacing == "trailing":
+        times = [round(train_steps - i * train_steps / steps) - 1 for i in range(steps)]
+    else:
+        times = torch.linspace(train_steps - 1, 0, steps).round().int().tolist()
+    if times[0] >= train_steps:
+        raise ValueError(f"offset {offset} puts the first timestep at {times[0]}, beyond {train_steps - 1}")
+    return list(zip(times, [*times[1:], -1], strict=True))
+
+
+def predict_x0(x_t: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return x̂_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t."""
+    return (x_t - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+
+
+def add_noise(x_0: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε."""
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * epsilon

@@ -1,0 +1,1 @@
+"""What comes out: scores, distances between image sets, the report."""

@@ -1,0 +1,96 @@
+"""Train a backbone with its own loss."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from diffusion.backbones import Backbone
+from diffusion.noise import NoiseStream
+from diffusion.sampler import Sampler
+from lightning_modules.checks import check_image_set
+
+_TRAIN, _VALIDATE = 100, 200  # noise streams; each uses two
+
+
+class DiffusionLitModule(L.LightningModule):
+    """Minimises the backbone's training loss; AdamW, linear warm-up, cosine decay.
+
+    Timesteps and noise of item n depend on (seed, n) alone. The average of the weights is kept by
+    Lightning's ``EMAWeightAveraging`` callback.
+
+    Args:
+        backbone: the network to train.
+        optimizer: builds the optimiser from the parameters that learn.
+        warmup_steps: steps of linear warm-up.
+        sampling_steps: DDIM steps of the preview pictures.
+        seed: seed of timesteps and noise.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
+        warmup_steps: int = 500,
+        sampling_steps: int = 50,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.sampling_steps = sampling_steps
+        self.seed = seed
+
+    @property
+    def trained(self) -> Backbone:
+        """The network whose weights this stage hands on."""
+        return self.backbone
+
+    def setup(self, stage: str) -> None:
+        """Check the backbone against the data."""
+        check_image_set(
+            self.trainer, self.backbone.image_channels, self.backbone.num_classes, "model.backbone"
+        )
+
+    def _loss(self, batch: dict[str, Tensor], stream: int) -> Tensor:
+        image, mask = batch["image"], batch["mask"]
+        shape = self.backbone.noise_shape((image.shape[-2], image.shape[-1]))
+        noise = NoiseStream(self.seed, batch["index"].tolist(), shape, self.device)
+        t = noise.integers(len(self.backbone.alphas_cumprod), stream + 1)
+        return self.backbone.training_loss(image, mask, noise.draw(stream), t)
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        """Return the loss of the real stream."""
+        loss = self._loss(batch["real"], _TRAIN)
+        self.log("diffusion/train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the loss at timesteps and noise that stay the same over training."""
+        loss = self._loss(batch, _VALIDATE)
+        self.log("diffusion/val_loss", loss, prog_bar=True, batch_size=len(batch["image"]), sync_dist=True)
+
+    @torch.no_grad()
+    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return columns of a picture grid: real beside sampled images ``(B, C, H, W)`` in [−1, 1]."""
+        mask = batch["mask"].to(self.device)
+        shape = self.backbone.noise_shape((mask.shape[-2], mask.shape[-1]))
+        noise = NoiseStream(self.seed, batch["index"].tolist(), shape, self.device)
+        was_training = self.backbone.training
+        self.backbone.eval()
+        sampler = Sampler(self.backbone, self.sampling_steps)
+        sampled = sampler.sample(noise.draw(), self.backbone.condition(mask))
+        self.backbone.train(was_training)
+        return {"real": batch["image"], "sampled": sampled}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimiser and schedule over the trainer's number of steps."""
+        optimizer: Any = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, total // 10), total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

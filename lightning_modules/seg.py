@@ -1,0 +1,145 @@
+"""Train a segmenter on real images, or on real ∪ synthetic; score it on the test sets."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from evaluation.metrics import SegmentationScore
+from lightning_modules.checks import check_image_set
+from networks.pretrained import load_pretrained, training_facts
+from networks.segmenter import Segmenter
+from objectives.segmentation import dice_ce
+
+
+def paired_cutmix(
+    image: Tensor, mask: Tensor, rng: np.random.Generator, probability: float
+) -> tuple[Tensor, Tensor]:
+    """Swap one rectangle between the two halves of a batch (Yun et al., ICCV 2019, made symmetric).
+
+    Sample i of the first half and sample i of the second exchange the same rectangle, so that every
+    pixel of the batch stays in it. With the real stream first and the synthetic one second at 1 : 1,
+    each real sample is paired with a synthetic one; on real images alone, with another real one.
+
+    Args:
+        image: ``(B, C, H, W)``.
+        mask: ``(B, H, W)``.
+        rng: source of the randomness.
+        probability: chance that the batch is mixed.
+    """
+    half = len(image) // 2
+    if half == 0 or rng.random() >= probability:
+        return image, mask
+    height, width = mask.shape[-2:]
+    side = np.sqrt(1 - rng.random())
+    h, w = max(1, round(height * side)), max(1, round(width * side))
+    top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    box = (..., slice(top, top + h), slice(left, left + w))
+    partner = torch.cat(
+        [torch.arange(half, 2 * half), torch.arange(half), torch.arange(2 * half, len(image))]
+    )
+    image, mask, source_image, source_mask = image.clone(), mask.clone(), image[partner], mask[partner]
+    image[box], mask[box] = source_image[box], source_mask[box]
+    return image, mask
+
+
+class SegLitModule(L.LightningModule):
+    """Minimises cross-entropy + Dice; each stream counts by its share of the batch.
+
+    Args:
+        segmenter: the network to train.
+        weights: folder of a trained segmenter to start from (or to test); it must be of the same
+            architecture. By default the network starts untrained.
+        cutmix: chance of paired CutMix in a batch; applied to real-only batches as well.
+        optimizer: builds the optimiser from the parameters that learn.
+        power: exponent of the polynomial decay of the learning rate over the trainer's steps.
+        seed: seed of CutMix.
+
+    Raises:
+        InputError: ``weights`` cannot be read, or are of another architecture.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        weights: str | None = None,
+        cutmix: float = 0.5,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
+            params, lr=0.01, momentum=0.99, weight_decay=3e-5, nesterov=True
+        ),
+        power: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.segmenter = segmenter if weights is None else load_pretrained(weights, type(segmenter))
+        self.training_facts = training_facts(weights) if weights else {}
+        self.cutmix = cutmix
+        self.optimizer = optimizer
+        self.power = power
+        self.seed = seed
+
+    @property
+    def trained(self) -> Segmenter:
+        """The network whose weights this stage hands on."""
+        return self.segmenter
+
+    def setup(self, stage: str) -> None:
+        """Check the segmenter against the data and prepare the scores."""
+        check_image_set(
+            self.trainer, self.segmenter.in_channels, self.segmenter.num_classes, "model.segmenter"
+        )
+        source: Any = self.trainer.datamodule.source  # type: ignore[attr-defined]
+        self.test_names = source.test_splits
+        self.val_score = SegmentationScore(source.class_names)
+        self.test_scores = nn.ModuleList(SegmentationScore(source.class_names) for _ in self.test_names)
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        """Return the loss, averaged over the streams by their share of the batch."""
+        streams = list(batch.values())
+        image, mask = (torch.cat([stream[key] for stream in streams]) for key in ("image", "mask"))
+        rng = np.random.default_rng([self.seed, int(streams[0]["index"][0])])
+        image, mask = paired_cutmix(image, mask, rng, self.cutmix)
+        output = self.segmenter(image)
+        levels = [output] if isinstance(output, Tensor) else output
+        loss, start = levels[0].new_zeros(()), 0
+        for name, stream in batch.items():
+            part = slice(start, start + len(stream["image"]))
+            stream_loss = dice_ce([level[part] for level in levels], mask[part])
+            loss = loss + stream_loss * len(stream["image"]) / len(image)
+            self.log(f"seg/train_loss_{name}", stream_loss, batch_size=len(stream["image"]))
+            start = part.stop
+        self.log("seg/train_loss", loss, prog_bar=True, batch_size=len(image))
+        return loss
+
+    def _score(self, score: SegmentationScore, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.segmenter(batch["image"])
+        score.update(logits.argmax(1), batch["mask"], batch["index"].tolist())
+        return logits
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score a validation batch."""
+        logits = self._score(self.val_score, batch)
+        loss = dice_ce(logits, batch["mask"])
+        self.log("seg/val_loss", loss, batch_size=len(logits), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log DSC and ASD, overall and per class."""
+        for key, value in self.val_score.compute().items():
+            if key != "n_cases":
+                self.log(f"val/{key}", value, prog_bar=key == "dsc", sync_dist=True)
+        self.val_score.reset()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of one test set."""
+        self._score(self.test_scores[dataloader_idx], batch)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser, with polynomial decay over the trainer's number of steps."""
+        optimizer: Any = self.optimizer([p for p in self.segmenter.parameters() if p.requires_grad])
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total, self.power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

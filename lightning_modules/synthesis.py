@@ -1,0 +1,132 @@
+"""Fill a synthetic set with a frozen backbone, by any method (``cli.py predict``)."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from diffusion.backbones import Backbone
+from diffusion.noise import NoiseStream
+from diffusion.sampler import Sampler
+from errors import InputError
+from lightning_modules.checks import check_image_set
+from methods import Method
+from networks.pretrained import load_pretrained
+from networks.segmenter import Segmenter
+from objectives.rewards import REWARDS
+
+
+def quantize(image: Tensor) -> Tensor:
+    """Return images in [−1, 1] as 8-bit levels: what is written is what is scored."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class SynthesisLitModule(L.LightningModule):
+    """Masks in, synthetic images out; each scored by how hard the anchor finds it.
+
+    The backbone and the anchor are frozen: they stay in eval mode, learn nothing, and are left out of
+    checkpoints.
+
+    Args:
+        backbone: folder of a trained diffusion backbone q_φ.
+        anchor: folder of a trained segmenter f_ϑ; its loss on a sample is the sample's adversariality.
+        method: how the samples are made.
+        reward: which loss is reported: ce, bounded_ce, balanced_ce, bounded_balanced_ce, dice or focal.
+        steps: DDIM steps of the full schedule.
+        seed: with the sample's index it decides the sample's noise.
+
+    Raises:
+        InputError: a folder cannot be used, the reward is unknown, or backbone and anchor do not fit.
+    """
+
+    strict_loading = False
+    frozen_parts = ("backbone", "anchor")
+
+    def __init__(
+        self,
+        backbone: str,
+        anchor: str,
+        method: Method,
+        reward: str = "bounded_ce",
+        steps: int = 50,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if reward not in REWARDS:
+            raise InputError(f"model.reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
+        self.backbone = load_pretrained(backbone, Backbone).freeze()  # type: ignore[type-abstract]
+        self.anchor = load_pretrained(anchor, Segmenter).freeze()
+        self.method = method
+        self.reward_name = reward
+        self.seed = seed
+        self.sampler = Sampler(self.backbone, steps)
+        if self.backbone.image_channels != self.anchor.in_channels:
+            raise InputError(
+                f"model.anchor {anchor}: reads {self.anchor.in_channels} channels, the backbone {backbone} makes "
+                f"{self.backbone.image_channels}; give an anchor trained on the same kind of images"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Check both frozen networks against the data."""
+        for network, channels in (
+            (self.backbone, self.backbone.image_channels),
+            (self.anchor, self.anchor.in_channels),
+        ):
+            name = f"model.{'backbone' if network is self.backbone else 'anchor'}"
+            check_image_set(self.trainer, channels, network.num_classes, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the state without the frozen networks."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        frozen = tuple(f"{prefix}{part}." for part in self.frozen_parts)
+        return {key: value for key, value in state.items() if not key.startswith(frozen)}
+
+    def reward(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Return the reward of images in [−1, 1] under the anchor ``(B,)``."""
+        return REWARDS[self.reward_name](self.anchor(image).float(), mask)
+
+    def noise(self, batch: dict[str, Any], seed_stream: int = 0) -> NoiseStream:
+        """Return the batch's own noise."""
+        mask = batch["mask"]
+        shape = self.backbone.noise_shape((mask.shape[-2], mask.shape[-1]))
+        return NoiseStream(self.seed + seed_stream, batch["index"].tolist(), shape, self.device)
+
+    def synthesize(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return images ``(B, C, H, W)`` in [−1, 1] and the method's notes, for ``mask`` and ``index``."""
+        return self.method.synthesize(self.sampler, self.noise(batch), self.backbone.condition(batch["mask"]))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of every network that a sample depends on."""
+        networks = {"backbone": self.backbone.fingerprint(), "segmenter": self.anchor.fingerprint()}
+        return networks | self.method.fingerprints()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Return a batch of synthetic pairs.
+
+        Returns:
+            ``image`` uint8 ``(B, C, H, W)``, ``mask`` int64 ``(B, H, W)``, ``index``, ``source_mask``,
+            ``value`` (the reward) ``(B,)``, ``notes`` of the method, and ``seconds`` an image.
+        """
+        self._wait()
+        start = time.perf_counter()
+        image, notes = self.synthesize(batch)
+        self._wait()
+        seconds = (time.perf_counter() - start) / len(image)
+        levels = quantize(image)
+        value = self.reward(levels.float() / 127.5 - 1, batch["mask"])
+        return {
+            "image": levels,
+            "mask": batch["mask"],
+            "index": batch["index"],
+            "source_mask": batch["source_mask"],
+            "value": value,
+            "notes": notes,
+            "seconds": seconds,
+        }
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

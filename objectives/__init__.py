@@ -1,0 +1,1 @@
+"""Rewards and losses: pure functions of tensors."""

@@ -1,0 +1,81 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from datamodules.sources import PhantomSource
+from diffusion.backbones import SegDiff
+from networks import Miner, NNUNet
+from networks.pretrained import save_pretrained
+
+torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def make_backbone(seed=0, **changes):
+    torch.manual_seed(seed)
+    settings = {
+        "image_channels": 3,
+        "num_classes": 2,
+        "mask_encoding": "onehot",
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "attention_levels": (),
+        "norm_num_groups": 4,
+    }
+    return SegDiff(**settings | changes)
+
+
+def make_segmenter(seed=0, **changes):
+    torch.manual_seed(seed)
+    settings = {
+        "in_channels": 3,
+        "num_classes": 2,
+        "patch_size": (32, 32),
+        "base_features": 4,
+        "max_features": 8,
+    }
+    return NNUNet(**settings | changes)
+
+
+def make_miner(seed=0, trained=False, **changes):
+    """A small miner; ``trained`` gives its zeroed output layers small random weights."""
+    torch.manual_seed(seed)
+    settings = {"channels": 3, "base_width": 8, "multipliers": (1, 2), "pooled_levels": 1, "head_width": 8}
+    miner = Miner(**settings | changes)
+    if trained:
+        for head in (miner.mean_head, miner.variance_head):
+            torch.nn.init.normal_(head[-1].weight, std=0.05)
+    return miner
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> SimpleNamespace:
+    """Folders of tiny networks for 32 × 32 RGB images of two classes."""
+    root = tmp_path_factory.mktemp("weights")
+    networks = {
+        "backbone": make_backbone().eval(),
+        "segmenter": make_segmenter().eval(),
+        "miner": make_miner(trained=True).eval(),
+        "untrained_miner": make_miner().eval(),
+    }
+    for name, network in networks.items():
+        save_pretrained(network, root / name, {})
+    return SimpleNamespace(**{name: str(root / name) for name in networks})
+
+
+@pytest.fixture(scope="session")
+def source() -> PhantomSource:
+    """Six training, four validation and five test images; polyps of 32 × 32 pixels."""
+    return PhantomSource("polyp", size=32, n_train=6, n_val=4, n_test=5)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    folder = Path(folder)
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}

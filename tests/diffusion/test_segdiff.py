@@ -1,0 +1,99 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DModel
+
+from conftest import make_backbone
+from diffusion.backbones import SegDiff
+from diffusion.noise import NoiseStream
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    return {
+        "image": torch.rand(4, 3, 16, 16) * 2 - 1,
+        "mask": torch.randint(0, 2, (4, 16, 16)),
+        "epsilon": torch.randn(4, 3, 16, 16),
+        "t": torch.tensor([0, 10, 500, 999]),
+    }
+
+
+@pytest.mark.parametrize("encoding", ["onehot", "index"])
+@pytest.mark.parametrize("schedule", [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)])
+def test_training_loss_is_the_formula(batch, encoding, schedule):
+    kind, start, end = schedule
+    backbone = make_backbone(mask_encoding=encoding, beta_schedule=kind, beta_start=start, beta_end=end)
+    scheduler = DDPMScheduler(1000, start, end, kind)
+    channel = batch["mask"][:, None].float() / (1 if encoding == "onehot" else 255)
+    x_t = scheduler.add_noise(batch["image"], batch["epsilon"], batch["t"])
+    with torch.no_grad():
+        predicted = backbone.unet(torch.cat([x_t, channel], 1), batch["t"]).sample
+        loss = backbone.training_loss(**batch)
+    assert loss.item() == pytest.approx(F.mse_loss(predicted, batch["epsilon"]).item(), rel=1e-5)
+
+
+def test_index_encoding():
+    mask = torch.tensor([[[0, 1], [2, 255]]])
+    encoded = make_backbone(mask_encoding="index").condition(mask)
+    assert torch.equal(encoded, torch.tensor([[[[0, 1 / 255], [2 / 255, 1]]]]))
+
+
+def test_onehot_encoding_leaves_the_background_out():
+    encoded = make_backbone(num_classes=3).condition(torch.tensor([[[0, 1], [2, 1]]]))
+    assert encoded.tolist() == [[[[0, 1], [0, 1]], [[0, 0], [1, 0]]]]
+
+
+def test_epsilon_has_the_noise_shape_and_sees_mask_and_time():
+    backbone = make_backbone(image_channels=1, num_classes=4).eval()
+    assert backbone.noise_shape((16, 24)) == (1, 16, 24)
+    x, t = torch.randn(2, 1, 16, 24), torch.tensor([5, 5])
+    mask = torch.zeros(2, 16, 24, dtype=torch.long)
+    with torch.no_grad():
+        eps = backbone.epsilon(x, t, backbone.condition(mask))
+        assert eps.shape == x.shape
+        assert not torch.allclose(eps, backbone.epsilon(x, t, backbone.condition(mask + 3)), atol=1e-4)
+        assert not torch.allclose(eps, backbone.epsilon(x, t + 500, backbone.condition(mask)), atol=1e-4)
+    assert torch.equal(backbone.decode(x), x)
+
+
+def test_alpha_bar_of_tensors_and_of_the_end():
+    backbone = make_backbone()
+    values = backbone.alpha_bar(torch.tensor([0, 999, -1]))
+    assert values.shape == (3, 1, 1, 1)
+    assert values.flatten().tolist() == [*backbone.alphas_cumprod[[0, 999]].tolist(), 1.0]
+    backbone.final_alpha = 0.5
+    assert backbone.alpha_bar(-1).item() == 0.5
+
+
+def test_published_network():
+    with torch.device("meta"):
+        ours = SegDiff()
+        theirs = UNet2DModel(
+            in_channels=4,
+            out_channels=3,
+            layers_per_block=2,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+        )
+    expected = {f"unet.{name}": p.shape for name, p in theirs.named_parameters()}
+    assert {name: p.shape for name, p in ours.named_parameters()} == expected
+
+
+def test_it_learns():
+    """Flat images whose value the mask gives away: the loss falls well below that of predicting zero."""
+    backbone = make_backbone(block_out_channels=(16, 16))
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=3e-3)
+    losses = []
+    for step in range(80):
+        noise = NoiseStream(0, range(8 * step, 8 * step + 8), (3, 8, 8))
+        mask = noise.integers(2, 2)[:, None, None].expand(8, 8, 8)
+        image = (mask[:, None].float() - 0.5).expand(8, 3, 8, 8)
+        loss = backbone.training_loss(image, mask, noise.draw(), noise.integers(1000, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[:3]) / 3 > 0.7
+    assert sum(losses[-10:]) / 10 < 0.35

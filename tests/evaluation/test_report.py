@@ -1,0 +1,358 @@
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from scipy import stats
+from torch.utils.tensorboard import SummaryWriter
+
+from errors import InputError
+from evaluation import report
+
+SEEDS = (0, 1, 2)
+DSC = {"real": (80.0, 82.0, 84.0), "base": (81.0, 83.0, 85.5), "miner": (83.0, 84.0, 88.0)}
+CLASSES = ("disc", "ring")
+
+
+def put(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def scores(dsc: float, n_synthetic: int) -> dict:
+    shift = {"dsc": dsc - 10, "asd": math.nan, "n_cases": 5, "dsc/disc": dsc - 10, "asd/disc": math.nan}
+    return {
+        "dataset": "phantom",
+        "segmenter": "unet",
+        "n_real": 1200,
+        "n_synthetic": n_synthetic,
+        "protocol": {"unit": "one slice & its <case>", "asd unit": "mm"},
+        "test_sets": {
+            "test": {"dsc": dsc, "asd": (100 - dsc) / 10, "n_cases": 5}
+            | {f"dsc/{n}": dsc + k for k, n in enumerate(CLASSES)}
+            | {f"asd/{n}": 1.0 + k for k, n in enumerate(CLASSES)},
+            "shift": shift,
+        },
+    }
+
+
+def synthetic(method: str, seed: int) -> dict:
+    mined = method == "miner"
+    return {
+        "method": method,
+        "backbone": "segdiff",
+        "seed": seed,
+        "n": 1200,
+        "adversariality": 0.4 if mined else 0.2,
+        "reward": "bounded_ce",
+        "fid": 14.0 + seed if mined else math.nan,
+        "fid_extractor": "unet encoder",
+        "seconds_per_image": 1.02 if mined else 1.0,
+        "kl_mean": 12.5 if mined else 0.0,
+        "kappa_up": 0.5,
+        "values": list(np.linspace(0.0, 0.5, 20)),
+    }
+
+
+def write_images(folder: Path, method: str, seed: int, n: int = 11) -> None:
+    lines = []
+    for i in range(n):
+        level = 100 if method == "base" else 100 + 51  # 51/255 = 20 % of the grey range
+        names = {"image": f"images/{i:06d}.png", "mask": f"masks/{i:06d}.png"}
+        for name in names.values():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16), level, np.uint8)).save(folder / names["image"])
+        Image.fromarray(np.eye(16, dtype=np.uint8) * 2).save(folder / names["mask"])
+        entry = {
+            "index": i,
+            "seed": seed,
+            "source_mask": f"case_{i}",
+            "method": method,
+            "reward": "bounded_ce",
+        }
+        lines.append(json.dumps(entry | {"value": i / 16, "kl": 0.0} | names))
+    put(folder / "manifest.jsonl", "\n".join(lines) + "\n")
+
+
+def log_scalars(folder: Path, tag: str) -> None:
+    writer = SummaryWriter(str(folder / "tensorboard" / "version_0"))
+    for step in range(500):
+        writer.add_scalar(tag, 1 / (1 + step), step)
+        writer.add_scalar("epoch", step // 50, step)
+    writer.close()
+
+
+def make_run(run: Path, seeds: tuple[int, ...] = SEEDS) -> Path:
+    settings = {"name": "tiny", "dataset": "phantom", "backbone": "segdiff", "segmenter": "unet"}
+    settings |= {
+        "methods": ["base", "miner"],
+        "budgets": [1],
+        "seeds": list(seeds),
+        "mining": {"beta": 0.125},
+    }
+    put(run / "experiment.yaml", yaml.safe_dump(settings, sort_keys=False))
+    for seed in seeds:
+        put(run / f"seed{seed}/real/test.json", scores(DSC["real"][seed], 0))
+        for method in ("base", "miner"):
+            put(run / f"seed{seed}/{method}/1x/test.json", scores(DSC[method][seed], 1200))
+            put(run / f"seed{seed}/{method}/synthetic.json", synthetic(method, seed))
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "runs" / "tiny")
+
+
+def test_rows_are_one_per_test_set_arm_and_seed(run):
+    rows = report.collect_rows(run)
+    assert len(rows) == 2 * 3 * 3
+    keys = ["dataset", "test_set", "backbone", "segmenter", "method", "budget", "seed", "dsc", "asd"]
+    keys += ["n_real", "n_synthetic"]
+    assert all(list(row) == keys for row in rows)
+    assert rows[0] == {
+        "dataset": "phantom",
+        "test_set": "test",
+        "backbone": "none",
+        "segmenter": "unet",
+        "method": "real",
+        "budget": 0,
+        "seed": 0,
+        "dsc": 80.0,
+        "asd": 2.0,
+        "n_real": 1200,
+        "n_synthetic": 0,
+    }
+    mined = [r for r in rows if r["method"] == "miner" and r["test_set"] == "shift"]
+    assert [(r["seed"], r["dsc"], r["asd"], r["budget"]) for r in mined] == [
+        (0, 73.0, None, 1),
+        (1, 74.0, None, 1),
+        (2, 78.0, None, 1),
+    ]
+    assert {r["backbone"] for r in mined} == {"segdiff"}
+
+
+def test_summary_is_mean_and_sample_deviation_over_seeds(run):
+    summaries = report.summarise(report.collect_rows(run))
+    assert [(s["test_set"], s["method"]) for s in summaries] == [
+        (t, m) for t in ("test", "shift") for m in ("real", "base", "miner")
+    ]
+    miner = summaries[2]["dsc"]
+    assert (miner["n"], miner["mean"]) == (3, 85.0)
+    assert miner["sd"] == pytest.approx(math.sqrt(7))  # of 83, 84, 88
+    assert summaries[5]["asd"] == {"n": 0, "mean": None, "sd": None, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("method", "reference", "gaps"),
+    [("miner", "real", (3, 2, 4)), ("miner", "base", (2, 1, 2.5)), ("base", "real", (1, 1, 1.5))],
+)
+def test_paired_difference(run, method, reference, gaps):
+    difference, shifted = report.paired_difference(report.collect_rows(run), method, reference)
+    low, high = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+    assert difference["dsc"] == pytest.approx(
+        {"n": 3, "mean": np.mean(gaps), "sd": np.std(gaps, ddof=1), "low": low, "high": high}
+    )
+    assert shifted["dsc"] == pytest.approx(difference["dsc"])
+    assert shifted["asd"]["mean"] is None
+
+
+def test_paired_difference_keeps_to_the_same_seed_and_budget(run):
+    rows = [r for r in report.collect_rows(run) if r["test_set"] == "test"]
+    unpaired = [r for r in rows if not (r["method"] == "real" and r["seed"] == 2)]
+    unpaired += [{**r, "budget": 3, "dsc": 99.0} for r in rows if r["method"] == "miner"]
+    one, three = report.paired_difference(unpaired, "miner", "real")
+    assert (one["budget"], one["dsc"]["n"], one["dsc"]["mean"]) == (1, 2, 2.5)
+    assert one["dsc"]["low"] is None  # two seeds are too few
+    assert (three["budget"], three["dsc"]["mean"]) == (3, 18.0)
+    _, three = report.paired_difference(unpaired, "miner", "base")
+    assert three["dsc"]["n"] == 0  # base has no budget 3
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [([], "–"), ([None], "–"), ([1.5], "1.50 ± –"), ([-1.0, -2.0], "−1.50 ± 0.71")]
+)
+def test_undefined_prints_as_a_dash(values, shown):
+    assert report.mean_sd(report.spread(values)) == shown
+
+
+def test_table_as_text_and_markdown(run):
+    rows = report.collect_rows(run)
+    text = report.table(rows, "mm").splitlines()
+    miner = (
+        "test      miner 1×  1,200      1,200  85.00 ± 2.65  1.50 ± 0.26  +3.00 ± 1.00  +1.83 ± 0.76      3"
+    )
+    assert text[3] == miner
+    assert "ASD (mm)" in text[0]
+    assert text[0].index("DSC (%)") + len("DSC (%)") == text[3].index("2.65") + 4
+
+    markdown = report.table(rows, "mm", "markdown").splitlines()
+    assert len(markdown) == len(text) + 1
+    assert {line.count("|") for line in markdown} == {10}
+    assert markdown[4].startswith("| test | miner 1× | 1,200 | 1,200 | 85.00 ± 2.65 |")
+
+
+def test_json_has_the_contracts_keys(run):
+    page = report.write(run)
+    assert page == run / "report" / "report.html"
+    text = (run / "report" / "report.json").read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert list(content) == ["experiment", "created", "versions", "rows", "synthetic_sets"]
+    assert content["experiment"] == "tiny"
+    assert set(content["versions"]) == {"python", "torch", "lightning", "diffusers", "monai", "torchmetrics"}
+    assert content["rows"] == report.collect_rows(run)
+    keys = ["method", "backbone", "seed", "n", "adversariality", "reward", "fid", "fid_extractor"]
+    keys += ["seconds_per_image"]
+    assert [list(s) for s in content["synthetic_sets"]] == [keys] * 6
+    assert content["synthetic_sets"][0]["fid"] is None
+    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json"]
+
+
+def test_page_shows_the_numbers_and_needs_no_network(run):
+    write_images(run / "seed0/base/synthetic", "base", 0)
+    write_images(run / "seed0/miner/synthetic", "miner", 0)
+    (run / "reference/real/images").mkdir(parents=True)
+    Image.fromarray(np.full((16, 16), 9, np.uint8)).save(run / "reference/real/images/case_0.png")
+    log_scalars(run / "backbone", "train/loss")
+    log_scalars(run / "seed1/miner_training", "miner/reward")
+    page = report.write(run).read_text(encoding="utf-8")
+
+    for shown in (
+        "85.00 ± 2.65",  # DSC of the mined arm
+        "+1.83 ± 0.76",  # its difference to base
+        "[+0.52, +5.48]",  # the interval of its difference to real: 3 ± 4.303 · 1/√3
+        "0.400 ± 0.000",
+        "15.00 ± 1.00",
+        "bounded_ce",
+        "unet encoder",
+        "(1.02×)",
+        "12.5 ± 0.0",
+        "ASD (mm)",
+        "86.00 ± 2.65",  # class ring
+        "mining.beta",
+        "one slice &amp; its &lt;case&gt;",
+        "≥ 20.0 % of the grey range",
+        "Training curves: Backbone",
+        "Training curves: Miner",
+    ):
+        assert shown in page, shown
+    assert page.count('alt="miner"') == report.EXAMPLES
+    assert page.count('alt="real"') == 1
+    assert "://" not in page
+    assert "<script" not in page
+    assert "<link" not in page.replace('<link rel="icon" href="data:,">', "")
+    assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', page))
+    assert all(target.startswith(("#", "data:,")) for target in re.findall(r'href="([^"]*)"', page))
+    body = re.sub(r'"data:[^"]*"', "", page.partition("</style>")[2])
+    assert not re.search(r"\bnan\b|\bNone\b", body, re.IGNORECASE)
+    assert len(page) < 3e6
+
+
+def test_one_seed_without_images_or_logs(tmp_path):
+    page = report.write(make_run(tmp_path / "one", seeds=(1,))).read_text(encoding="utf-8")
+    assert "82.00 ± –" in page
+    assert "fewer than 3 seeds" in page
+    assert "no interval" in page
+    assert "holds no synthetic images" in page
+    assert "holds no training logs" in page
+
+
+def test_curves_are_thinned_and_carry_arm_and_seed(run):
+    log_scalars(run / "seed1/real", "val/dsc")
+    log_scalars(run / "seed2/miner/1x", "val/dsc")
+    curves = report.read_curves(run)
+    assert [(c.stage, c.tag, c.arm, c.seed) for c in curves] == [
+        ("Segmenter, synthetic budget 1×", "val/dsc", "real", 1),
+        ("Segmenter, synthetic budget 1×", "val/dsc", "miner", 2),
+    ]
+    assert len(curves[0].steps) == report.CURVE_POINTS
+    assert (curves[0].steps[0], curves[0].steps[-1]) == (0, 499)
+    assert curves[0].values[-1] == pytest.approx(1 / 500)
+
+
+def test_budgets_are_drawn_when_there_are_several(run):
+    rows = report.collect_rows(run)
+    assert report.budget_figure(rows) is None
+    more = rows + [{**r, "budget": 0.5} for r in rows if r["method"] != "real"]
+    assert report.budget_figure(more).startswith("data:image/svg+xml")
+
+
+def test_examples_are_spread_over_the_set(run):
+    for method in ("base", "miner"):
+        write_images(run / "seed0" / method / "synthetic", method, 0)
+    grid = report.example_grid(run)
+    assert grid.columns == ("mask", "real", "base", "miner", "|base − miner|")
+    assert [line[0].note for line in grid.lines][::7] == ["no. 0", "no. 10"]
+    assert grid.lines[0][1].uri is None
+    assert grid.white == pytest.approx(20)
+    assert [name for name, _ in grid.legend] == list(CLASSES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["experiment.yaml", "seed2/real/test.json", "seed0/miner/1x/test.json", "seed1/base/synthetic.json"],
+)
+def test_missing_input_is_named_with_its_command(run, name, capsys):
+    (run / name).unlink()
+    assert report.main(["--run", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{run / name} is missing; make it with: snakemake" in message
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("seed0/real/test.json", "{", "cannot be read"),
+        ("seed0/real/test.json", "[]", "has no dataset"),
+        ("seed0/base/synthetic.json", '{"method": "base"}', "has no backbone, seed"),
+        ("experiment.yaml", "a: [", "cannot be read"),
+        ("experiment.yaml", "{name: a, dataset: b, backbone: c, segmenter: d}", "methods must be a list"),
+    ],
+)
+def test_unusable_input_is_named(run, name, content, problem):
+    put(run / name, content)
+    with pytest.raises(InputError, match=problem) as caught:
+        report.write(run)
+    assert str(run / name) in str(caught.value)
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize("break_it", ["image", "manifest"])
+def test_unusable_images_are_named(run, break_it):
+    for method in ("base", "miner"):
+        write_images(run / "seed0" / method / "synthetic", method, 0)
+    folder = run / "seed0/miner/synthetic"
+    if break_it == "image":
+        (folder / "images/000000.png").write_bytes(b"no image")
+    else:
+        put(folder / "manifest.jsonl", '{"index": 0}')
+    with pytest.raises(InputError, match=r"000000\.png|manifest\.jsonl"):
+        report.write(run)
+
+
+def test_entry_prints_table_protocol_and_path(run, capsys):
+    assert report.main(["--run", str(run), "--style", "markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "| test | miner 1× |" in out
+    assert "asd unit: mm" in out
+    assert out.splitlines()[-1] == str(run / "report" / "report.html")
+
+
+def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
+    page = report.write(run)
+    before = page.read_text()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write(run)
+    assert page.read_text() == before
+    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json"]
