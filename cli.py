@@ -6,9 +6,9 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that every class is known by its name alone.
-import callbacks
-import datamodules
-import lightning_modules
+import callbacks  # noqa: F401
+import datamodules  # noqa: F401
+import lightning_modules  # noqa: F401
 import methods  # noqa: F401
 
 

@@ -31,7 +31,8 @@ class SynthesisCallback(BasePredictionWriter):
     sample's index, whatever the batch size or the number of devices.
 
     Args:
-        folder: where the set goes, relative to ``trainer.default_root_dir``. A set that is already there is replaced; anything else is refused.
+        folder: where the set goes, relative to ``trainer.default_root_dir``. A set that
+            is already there is replaced; anything else is refused.
 
     Raises:
         InputError: ``folder`` exists and is no synthetic set.

@@ -22,8 +22,8 @@ def check_image_set(trainer: Any, channels: int, num_classes: int, argument: str
         return
     if channels != source.channels:
         raise InputError(
-            f"{argument}: reads images of {channels} channels, those of {source.name} have {source.channels}; "
-            "set its channels to match, or give a network trained on such images"
+            f"{argument}: reads images of {channels} channels, those of {source.name} have "
+            f"{source.channels}; set its channels to match, or give a network trained on such images"
         )
     if num_classes != source.num_classes:
         raise InputError(

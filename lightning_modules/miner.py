@@ -66,8 +66,8 @@ class MinerLitModule(SynthesisLitModule):
         self.method = Mined(network, noise)
         if network.channels != channels:
             raise InputError(
-                f"model.miner: shifts noise of {network.channels} channels, that of {backbone} has {channels}; "
-                "set its channels to match"
+                f"model.miner: shifts noise of {network.channels} channels, that of {backbone} has "
+                f"{channels}; set its channels to match"
             )
         self.kappa_up = kappa_up
         self.beta = beta
@@ -89,13 +89,13 @@ class MinerLitModule(SynthesisLitModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this miner."""
-        own, given = self.state_dict(), checkpoint["state_dict"]
+        own, given = self.own_state(), checkpoint["state_dict"]
         wrong = {key for key in own.keys() | given.keys() if key not in own or key not in given}
         wrong |= {key for key in own.keys() & given.keys() if own[key].shape != given[key].shape}
         if wrong:
             raise InputError(
-                f"the checkpoint holds another miner than the configuration ({len(wrong)} weights differ, such as "
-                f"{min(wrong)}); resume with the configuration it was made with, or start anew"
+                "the checkpoint holds another miner than the configuration "
+                f"({len(wrong)} weights differ, such as {min(wrong)}); resume with the configuration it was made with, or start anew"
             )
 
     def anchor_view(self, latent: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class SynthesisLitModule(L.LightningModule):
         self.sampler = Sampler(self.backbone, steps)
         if self.backbone.image_channels != self.anchor.in_channels:
             raise InputError(
-                f"model.anchor {anchor}: reads {self.anchor.in_channels} channels, the backbone {backbone} makes "
-                f"{self.backbone.image_channels}; give an anchor trained on the same kind of images"
+                f"model.anchor {anchor}: reads {self.anchor.in_channels} channels, the backbone {backbone} "
+                f"makes {self.backbone.image_channels}; give an anchor trained on the same kind of images"
             )
 
     def setup(self, stage: str) -> None:
@@ -77,12 +77,14 @@ class SynthesisLitModule(L.LightningModule):
             name = f"model.{'backbone' if network is self.backbone else 'anchor'}"
             check_image_set(self.trainer, channels, network.num_classes, name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the state without the frozen networks."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        frozen = tuple(f"{prefix}{part}." for part in self.frozen_parts)
-        return {key: value for key, value in state.items() if not key.startswith(frozen)}
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the state without the frozen networks: all that a checkpoint of this stage holds."""
+        frozen = tuple(f"{part}." for part in self.frozen_parts)
+        return {key: value for key, value in self.state_dict().items() if not key.startswith(frozen)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen networks out."""
+        checkpoint["state_dict"] = self.own_state()
 
     def reward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the reward of images in [−1, 1] under the anchor ``(B,)``."""

@@ -54,12 +54,10 @@ class SelfAttention(nn.Module):
 
 
 def _head(width: int, hidden: int, channels: int) -> nn.Sequential:
-    head = nn.Sequential(
-        nn.Conv2d(width, hidden, 3, padding=1), nn.SiLU(), nn.Conv2d(hidden, channels, 3, padding=1)
-    )
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
-    return head
+    last = nn.Conv2d(hidden, channels, 3, padding=1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+    return nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), nn.SiLU(), last)
 
 
 class Miner(Pretrained):
