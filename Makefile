@@ -23,8 +23,11 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 
 experiment: $(VENV)/.run  ## Run configs/experiments/NAME.yaml, or go on where it stopped (DATA_ROOT=folder of the data sets)
 	@test -n "$(NAME)" || { echo "error: name an experiment: make experiment NAME=demo"; ls configs/experiments; exit 2; }
-	$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile configs/experiments/$(NAME).yaml \
-		--cores $(CORES) --rerun-incomplete --quiet rules
+	@mkdir -p runs
+	flock --nonblock --conflict-exit-code 3 runs/.$(NAME).lock \
+		$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile configs/experiments/$(NAME).yaml \
+		--cores $(CORES) --rerun-incomplete --nolock --quiet rules \
+		|| { code=$$?; [ $$code -ne 3 ] || echo "error: this experiment is already running"; exit $$code; }
 
 demo:  ## Run the whole chain on phantoms: real, base, mined, and the report
 	@$(MAKE) --no-print-directory experiment NAME=demo

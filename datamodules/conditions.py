@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.sources import Source
-from datamodules.streams import StreamSampler, item_generator
+from datamodules.streams import item_generator, stream_sampler
 from errors import InputError
 
 
@@ -117,12 +117,9 @@ class ConditionDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return masks for mining; they are not the varied masks of synthesis."""
-        world = self.trainer.world_size if self.trainer else 1
-        length = self.steps_per_epoch * self.batch_size * world
-        dataset = self._dataset(length, stream=1)
-        return DataLoader(
-            dataset, batch_size=self.batch_size, sampler=StreamSampler(length), num_workers=self.num_workers
-        )
+        sampler = stream_sampler(self.trainer, self.batch_size, self.steps_per_epoch)
+        dataset = self._dataset(len(sampler), stream=1)
+        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers)
 
     def predict_dataloader(self) -> DataLoader:
         """Return masks 0 … budget · N − 1."""

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from datamodules.augment import Augmentation, Level
 from datamodules.sources import Source
 from datamodules.sources.synthetic import SyntheticSet
-from datamodules.streams import StreamDataset, StreamSampler
+from datamodules.streams import StreamDataset, stream_sampler
 from errors import InputError
 
 
@@ -124,13 +124,12 @@ class SegDataModule(L.LightningDataModule):
         n_real = self.batch_size if len(self.streams) == 1 else round(self.batch_size * self.real_fraction)
         n_real = min(max(n_real, 1), self.batch_size - len(self.streams) + 1)
         sizes = {"real": n_real, "synthetic": self.batch_size - n_real}
-        world = self.trainer.world_size if self.trainer else 1
         loaders = {}
         for stream, (name, dataset) in enumerate(self.streams.items()):
             loaders[name] = DataLoader(
                 StreamDataset(dataset, self.seed, self.augmentation, stream),
                 batch_size=sizes[name],
-                sampler=StreamSampler(self.steps_per_epoch * sizes[name] * world),
+                sampler=stream_sampler(self.trainer, sizes[name], self.steps_per_epoch),
                 num_workers=self.num_workers,
             )
         return loaders

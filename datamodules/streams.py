@@ -53,24 +53,41 @@ class StreamDataset(Dataset[dict[str, Any]]):
 
 
 class StreamSampler(Sampler[int]):
-    """Numbers of the items of one epoch: epoch · length … epoch · length + length − 1.
+    """Numbers of the items of one epoch, from where the training stands.
 
-    Lightning calls ``set_epoch``, also through its distributed wrapper.
+    The start is asked for at the beginning of every epoch. It is counted in steps, not in epochs, which
+    Lightning numbers differently after a resumption.
+
+    Args:
+        length: items of an epoch, over all devices.
+        start: returns the number of the first item, from the trainer's state.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, start: Callable[[], int]) -> None:
         self.length = length
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Move to an epoch."""
-        self.epoch = epoch
+        self.start = start
 
     def __iter__(self) -> Iterator[int]:
         """Yield the epoch's item numbers in order."""
-        start = self.epoch * self.length
+        start = self.start()
         return iter(range(start, start + self.length))
 
     def __len__(self) -> int:
         """Return the items of an epoch."""
         return self.length
+
+
+def stream_sampler(trainer: Any, batch_size: int, steps: int) -> StreamSampler:
+    """Return the sampler of a stream that gives every device ``batch_size`` items a step.
+
+    Args:
+        trainer: Lightning's trainer, or None outside of one.
+        batch_size: items of this stream a batch and device.
+        steps: batches an epoch and device.
+    """
+    items = batch_size * (trainer.world_size if trainer else 1)
+
+    def start() -> int:
+        return items * trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+
+    return StreamSampler(items * steps, start)

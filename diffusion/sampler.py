@@ -30,8 +30,8 @@ class Sampler:
         )
         if self.terminal_alpha <= 1e-8:
             raise ValueError(
-                "the schedule ends at zero signal-to-noise ratio (ᾱ_T = 0), where neither x̂_0 nor the rollout's "
-                "gradient √(1/ᾱ_T) is defined; use a schedule that is not rescaled to zero terminal SNR"
+                "the schedule ends at zero signal-to-noise ratio (ᾱ_T = 0), where neither x̂_0 nor the "
+                "rollout's gradient √(1/ᾱ_T) is defined; use a schedule that is not rescaled to zero terminal SNR"
             )
 
     @property

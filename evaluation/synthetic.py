@@ -70,7 +70,7 @@ def extractors(encoder: str | Path, inception_weights: str | None) -> nn.Module:
     network = inception(inception_weights)
     if network is not None:
         return network
-    segmenter = load_pretrained(encoder, Segmenter).freeze()
+    segmenter = load_pretrained(encoder, Segmenter).freeze()  # type: ignore[type-abstract]
     return EncoderFeatures(
         _Encoder(segmenter), f"{type(segmenter).__name__} encoder {segmenter.fingerprint()[:8]}"
     )

@@ -1,6 +1,9 @@
 """Checks of one part of a run against another, before anything is trained."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from errors import InputError
 
@@ -29,4 +32,24 @@ def check_image_set(trainer: Any, channels: int, num_classes: int, argument: str
         raise InputError(
             f"{argument}: has {num_classes} classes, {source.name} has {source.num_classes} "
             f"({', '.join(source.class_names)}); set num_classes to match, or give a network trained on them"
+        )
+
+
+def check_checkpoint(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless a checkpoint's weights fit the configured network.
+
+    Args:
+        own: the state that the configuration makes.
+        given: the state in the checkpoint.
+        what: what is trained, for the message.
+
+    Raises:
+        InputError: a weight is missing, is not known, or has another shape.
+    """
+    wrong = set(own.keys() ^ given.keys())
+    wrong |= {key for key in own.keys() & given.keys() if own[key].shape != given[key].shape}
+    if wrong:
+        raise InputError(
+            f"ckpt_path: the checkpoint holds another {what} than the configuration ({len(wrong)} weights "
+            f"differ, such as {min(wrong)}); resume with the configuration it was made with, or start anew"
         )

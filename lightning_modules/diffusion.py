@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
-from lightning_modules.checks import check_image_set
+from lightning_modules.checks import check_checkpoint, check_image_set
 
 _TRAIN, _VALIDATE = 100, 200  # noise streams; each uses two
 
@@ -56,6 +56,10 @@ class DiffusionLitModule(L.LightningModule):
         check_image_set(
             self.trainer, self.backbone.image_channels, self.backbone.num_classes, "model.backbone"
         )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise unless the checkpoint holds exactly this network."""
+        check_checkpoint(self.state_dict(), checkpoint["state_dict"], "backbone")
 
     def _loss(self, batch: dict[str, Tensor], stream: int) -> Tensor:
         image, mask = batch["image"], batch["mask"]

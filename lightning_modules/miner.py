@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusion.sampler import GradientMode
 from errors import InputError
+from lightning_modules.checks import check_checkpoint
 from lightning_modules.synthesis import SynthesisLitModule
 from methods import Base, Mined
 from methods.method import PROBE
@@ -89,14 +90,7 @@ class MinerLitModule(SynthesisLitModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this miner."""
-        own, given = self.own_state(), checkpoint["state_dict"]
-        wrong = {key for key in own.keys() | given.keys() if key not in own or key not in given}
-        wrong |= {key for key in own.keys() & given.keys() if own[key].shape != given[key].shape}
-        if wrong:
-            raise InputError(
-                "the checkpoint holds another miner than the configuration "
-                f"({len(wrong)} weights differ, such as {min(wrong)}); resume with the configuration it was made with, or start anew"
-            )
+        check_checkpoint(self.own_state(), checkpoint["state_dict"], "miner")
 
     def anchor_view(self, latent: Tensor) -> Tensor:
         """Return the decoded image clipped to [−1, 1] as it would be written; the clip passes gradients."""

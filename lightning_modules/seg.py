@@ -9,8 +9,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from errors import InputError
 from evaluation.metrics import SegmentationScore
-from lightning_modules.checks import check_image_set
+from lightning_modules.checks import check_checkpoint, check_image_set
 from networks.pretrained import load_pretrained, training_facts
 from networks.segmenter import Segmenter
 from objectives.segmentation import dice_ce
@@ -75,7 +76,14 @@ class SegLitModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.segmenter = segmenter if weights is None else load_pretrained(weights, type(segmenter))
+        self.segmenter = segmenter
+        if weights is not None:
+            self.segmenter = load_pretrained(weights, type(segmenter))
+            if self.segmenter.settings() != segmenter.settings():
+                raise InputError(
+                    f"model.weights {weights}: holds another architecture than model.segmenter "
+                    f"({self.segmenter.settings()}, not {segmenter.settings()}); set model.segmenter to match"
+                )
         self.training_facts = training_facts(weights) if weights else {}
         self.cutmix = cutmix
         self.optimizer = optimizer
@@ -96,6 +104,10 @@ class SegLitModule(L.LightningModule):
         self.test_names = source.test_splits
         self.val_score = SegmentationScore(source.class_names)
         self.test_scores = nn.ModuleList(SegmentationScore(source.class_names) for _ in self.test_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise unless the checkpoint holds exactly this network."""
+        check_checkpoint(self.state_dict(), checkpoint["state_dict"], "segmenter")
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Return the loss, averaged over the streams by their share of the batch."""

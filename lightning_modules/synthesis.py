@@ -57,7 +57,7 @@ class SynthesisLitModule(L.LightningModule):
         if reward not in REWARDS:
             raise InputError(f"model.reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
         self.backbone = load_pretrained(backbone, Backbone).freeze()  # type: ignore[type-abstract]
-        self.anchor = load_pretrained(anchor, Segmenter).freeze()
+        self.anchor = load_pretrained(anchor, Segmenter).freeze()  # type: ignore[type-abstract]
         self.method = method
         self.reward_name = reward
         self.seed = seed

@@ -32,12 +32,15 @@ class Pretrained(ModelMixin, ConfigMixin):
         """Set training mode, unless frozen."""
         return super().train(mode and not self.frozen)
 
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that the network was built with, as JSON would give them back."""
+        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        return json.loads(json.dumps(config, default=str))
+
     def fingerprint(self) -> str:
         """Return SHA-256 over class, configuration and weights, first 16 hexadecimal digits."""
-        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(
-            f"{type(self).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode()
-        )
+        description = f"{type(self).__name__} {json.dumps(self.settings(), sort_keys=True)}"
+        digest = hashlib.sha256(description.encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -1,11 +1,13 @@
 """What a segmentation network looks like to the rest of the application."""
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor
 
 from networks.pretrained import Pretrained
 
 
-class Segmenter(Pretrained):
+class Segmenter(Pretrained, ABC):
     """Image to class logits.
 
     ``forward`` takes images float ``(B, C, H, W)`` in [−1, 1] and returns logits ``(B, K, H, W)``, or
@@ -20,6 +22,10 @@ class Segmenter(Pretrained):
     in_channels: int
     num_classes: int
 
+    @abstractmethod
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Return logits of images in [−1, 1]."""
+
+    @abstractmethod
     def features(self, image: Tensor) -> Tensor:
         """Return the deepest feature map ``(B, D, h, w)`` of images in [−1, 1]."""
-        raise NotImplementedError(f"{type(self).__name__} offers no features")

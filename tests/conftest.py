@@ -1,6 +1,8 @@
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from networks import Miner, NNUNet
 from networks.pretrained import save_pretrained
 
 torch.set_num_threads(1)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def pytest_runtest_setup(item):
@@ -79,3 +82,10 @@ def files_of(folder) -> dict[str, bytes]:
     """Every file below a folder, by its relative path."""
     folder = Path(folder)
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def make_trainer(root, **settings) -> L.Trainer:
+    """A quiet trainer on the CPU."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    defaults = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return L.Trainer(default_root_dir=root, **quiet | defaults | settings)

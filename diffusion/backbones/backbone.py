@@ -1,6 +1,6 @@
 """What a mask-to-image diffusion model looks like to the miner, the methods and the sampler."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from diffusion.schedule import Spacing, alphas_cumprod
 from networks.pretrained import Pretrained
 
 
-class Backbone(Pretrained):
+class Backbone(Pretrained, ABC):
     """q_φ(x | y), a diffusion model conditioned on a mask.
 
     Attributes:

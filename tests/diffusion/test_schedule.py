@@ -18,10 +18,8 @@ def times(pairs):
 @pytest.mark.parametrize(
     ("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
 )
-@pytest.mark.parametrize("steps", [1, 4, 10, 50, 100, 1000])
+@pytest.mark.parametrize("steps", [1, 4, 10, 50, 100, 500])
 def test_timesteps_are_those_of_diffusers(spacing, offset, steps):
-    if spacing == "leading" and steps == 1000 and offset:
-        pytest.skip("the offset leaves the schedule, see below")
     scheduler = DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=offset)
     scheduler.set_timesteps(steps)
     expected = scheduler.timesteps.tolist()

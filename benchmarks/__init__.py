@@ -1,0 +1,1 @@
+"""What is timed, each against a named reference in the same run."""

@@ -1,0 +1,110 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
+
+
+def snakemake(configfile: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--nolock"]
+    done = subprocess.run(
+        [*command, "--configfile", str(configfile), "--cores", "2", *options],
+        cwd=ROOT,
+        env=os.environ | {"DATA_ROOT": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def planned(output: str) -> dict[str, int]:
+    """Jobs by rule, from the table that a dry run prints."""
+    lines = output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("job ") and "count" in line) + 2
+    table = {}
+    for line in lines[start:]:
+        name, count = line.split()
+        if name == "total":
+            break
+        table[name] = int(count)
+    return table
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
+    settings = yaml.safe_load(experiment.read_text())
+    jobs = planned(snakemake(experiment, "--dry-run", "--config", f"runs={tmp_path}"))
+    seeds, methods, budgets = (len(settings[key]) for key in ("seeds", "methods", "budgets"))
+    assert jobs["real"] == seeds
+    assert jobs["synthesis"] == seeds * methods
+    assert jobs["union"] == seeds * methods * budgets
+    assert jobs["report"] == jobs["backbone"] == jobs["reference"] == 1
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A whole experiment of a few steps a stage, and the file that describes it."""
+    folder = tmp_path_factory.mktemp("workflow")
+    settings = yaml.safe_load((ROOT / "configs/experiments/demo.yaml").read_text())
+    settings |= {"name": "tiny", "runs": str(folder), "seeds": [3], "budgets": [0.5]}
+    short = {
+        "trainer.max_steps": 2,
+        "data.init_args.steps_per_epoch": 1,
+        "data.init_args.batch_size": 4,
+        "data.init_args.source.init_args.n_train": 8,
+        "data.init_args.source.init_args.n_test": 8,
+        "data.init_args.source.init_args.n_val": 8,
+    }
+    for name, stage in settings["stages"].items():
+        stage["arguments"] = stage.get("arguments", {}) | short
+        if name == "synthesis":
+            for argument in ("trainer.max_steps", "data.init_args.steps_per_epoch"):
+                del stage["arguments"][argument]
+        if name in ("miner", "synthesis"):
+            stage["arguments"]["model.init_args.steps"] = 3
+        if name == "miner":
+            stage["arguments"]["model.init_args.truncate"] = 2
+    configfile = folder / "tiny.yaml"
+    configfile.write_text(yaml.safe_dump(settings))
+    output = snakemake(configfile, "--quiet", "rules")
+    return folder / "tiny", configfile, settings, output
+
+
+def test_a_run_ends_with_the_table_and_the_page(tiny):
+    run, _, _, output = tiny
+    assert "miner 0.5×" in output
+    assert str(run / "report" / "report.html") in output
+    assert (run / "report" / "report.json").is_file()
+
+
+def test_a_finished_run_has_nothing_to_do(tiny):
+    _, configfile, _, _ = tiny
+    assert "Nothing to be done" in snakemake(configfile, "--dry-run")
+
+
+def test_a_changed_setting_runs_again_only_what_depends_on_it(tiny, tmp_path):
+    _, _, settings, _ = tiny
+    changed = yaml.safe_load(yaml.safe_dump(settings))
+    changed["stages"]["miner"]["arguments"]["model.init_args.beta"] = 0.01
+    configfile = tmp_path / "changed.yaml"
+    configfile.write_text(yaml.safe_dump(changed))
+    jobs = planned(snakemake(configfile, "--dry-run"))
+    del jobs["all"]
+    expected = {"settings": 1, "miner": 1, "synthesis": 1, "measure": 1, "union": 1, "report": 1}
+    assert jobs == expected
+
+
+def test_equal_length_for_all_arms(tiny):
+    run, _, settings, _ = tiny
+    arms = [run / "seed3" / arm for arm in ("real", "base/0.5x", "miner/0.5x")]
+    facts = [yaml.safe_load((arm / "weights" / "training.json").read_text()) for arm in arms]
+    steps = settings["stages"]["segmenter"]["arguments"]["trainer.max_steps"]
+    assert [fact["steps"] for fact in facts] == [steps] * 3
+    assert [fact["n_synthetic"] for fact in facts] == [0, 4, 4]
