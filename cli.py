@@ -19,6 +19,14 @@ class CLI(LightningCLI):
         """Let the logger write to the folder of the run."""
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
 
+    def check_data(self) -> None:
+        """Read the data and check it against the networks before anything is written."""
+        self.datamodule.setup(self.subcommand)
+        if hasattr(self.model, "check_data"):
+            self.model.check_data(self.datamodule.source)
+
+    before_fit = before_validate = before_test = before_predict = check_data
+
 
 def main(args: Sequence[str] | None = None) -> LightningCLI:
     """Run one stage; ``args`` are those of the command line."""

@@ -6,7 +6,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.files import in_run, write_atomically
+from callbacks.paths import in_run
+from files import write_atomically
 
 
 class ScoreWriter(Callback):

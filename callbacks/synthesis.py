@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
-from callbacks.files import in_run
+from callbacks.paths import in_run
 from errors import InputError
 
 
@@ -42,10 +42,11 @@ class SynthesisCallback(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.argument = folder
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse a folder that holds something else, and prepare an empty one beside it."""
         if stage != "predict":
             return
+        self.fingerprints = pl_module.fingerprints()
         self.folder = in_run(trainer, self.argument)
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         if self.folder.exists() and not (self.folder / "dataset.json").is_file():
@@ -90,16 +91,11 @@ class SynthesisCallback(BasePredictionWriter):
                 "seconds": prediction["seconds"],
                 **{key: value[i] for key, value in notes.items()},
                 **files,
-                "weights": self._fingerprints(pl_module),
+                "weights": self.fingerprints,
             }
             lines.append(json.dumps(entry))
         with (self.partial / f"manifest.{trainer.global_rank}.jsonl").open("a") as manifest:
             manifest.write("\n".join(lines) + "\n")
-
-    def _fingerprints(self, pl_module: Any) -> dict[str, str]:
-        if not hasattr(self, "_cached"):
-            self._cached = pl_module.fingerprints()
-        return self._cached
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Join the manifests of all ranks and move the finished set to its place."""
@@ -127,7 +123,7 @@ class SynthesisCallback(BasePredictionWriter):
             "reward": pl_module.reward_name,
             "seed": pl_module.seed,
             "steps": len(pl_module.sampler.pairs),
-            "weights": self._fingerprints(pl_module),
+            "weights": self.fingerprints,
         }
         (self.partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,16 +9,16 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.files import in_run
+from callbacks.paths import in_run
 from networks.pretrained import save_pretrained
 
 
 class ExportWeights(Callback):
     """Write ``module.trained`` to a folder when training ends, as the next stage reads it.
 
-    Without a monitor the weights are the last ones (the averaged ones where an averaging callback
-    runs). With one they are those of the best validation. ``training.json`` beside them notes what they
-    were trained on.
+    Without a monitor, or without a validation, the weights are the last ones (the averaged ones where an
+    averaging callback runs). With a monitor they are those of the best validation. ``training.json``
+    beside them notes what they were trained on.
 
     Args:
         folder: where the weights go, relative to ``trainer.default_root_dir``; replaced as a whole.
@@ -38,6 +38,11 @@ class ExportWeights(Callback):
         final = in_run(trainer, self.folder)
         return final.with_name(f".{final.name}.best")
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget what an earlier run left, unless this one resumes it."""
+        if trainer.is_global_zero and trainer.global_step == 0:
+            shutil.rmtree(self._best_folder(trainer), ignore_errors=True)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the weights when the monitored metric is the best so far; NaN is worse than any number."""
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
@@ -56,11 +61,11 @@ class ExportWeights(Callback):
         if not trainer.is_global_zero:
             return
         folder, kept = in_run(trainer, self.folder), self._best_folder(trainer)
-        if self.monitor is None:
-            self._write(trainer, pl_module, folder)
-        elif kept.exists():
+        if self.monitor is not None and kept.exists():
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(kept, folder)
+        else:
+            self._write(trainer, pl_module, folder)
 
     def _write(self, trainer: L.Trainer, pl_module: Any, folder: Path) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]

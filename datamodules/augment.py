@@ -3,7 +3,6 @@
 from typing import Literal
 
 import numpy as np
-import torch
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -14,6 +13,7 @@ from monai.transforms import (
     RandShiftIntensityd,
     Transform,
 )
+from monai.utils import convert_to_tensor
 
 from datamodules.sources import Sample
 
@@ -61,6 +61,5 @@ class Augmentation:
             return sample
         self.compose.set_random_state(seed=int(rng.integers(2**31)))
         out = self.compose({"image": sample["image"], "mask": sample["mask"].unsqueeze(0)})
-        image = torch.as_tensor(out["image"]).clamp(-1, 1).float()
-        mask = torch.as_tensor(out["mask"]).squeeze(0).long()
-        return {"image": image, "mask": mask, "id": sample["id"]}
+        image, mask = (convert_to_tensor(out[key], track_meta=False) for key in ("image", "mask"))
+        return {"image": image.clamp(-1, 1).float(), "mask": mask.squeeze(0).long(), "id": sample["id"]}

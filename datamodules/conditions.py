@@ -91,6 +91,8 @@ class ConditionDataModule(L.LightningDataModule):
         super().__init__()
         if scale < 0:
             raise InputError(f"scale {scale}: must be at least 0")
+        if max_real is not None and max_real < 1:
+            raise InputError(f"max_real {max_real}: must be at least 1, or null for all")
         self.source = source
         self.budget = budget
         self.seed = seed

@@ -68,6 +68,12 @@ class SegDataModule(L.LightningDataModule):
             raise InputError(
                 f"real_fraction {real_fraction}: must lie between 0 and 1 when a synthetic set is given"
             )
+        if synthetic is not None and batch_size < 2:
+            raise InputError(f"batch_size {batch_size}: two streams need at least 2")
+        if budget is not None and budget <= 0:
+            raise InputError(f"budget {budget}: must be positive")
+        if max_real is not None and max_real < 1:
+            raise InputError(f"max_real {max_real}: must be at least 1, or null for all")
         if synthetic is None and budget is not None:
             raise InputError(f"budget {budget}: there is no synthetic set; give --data.synthetic its folder")
         self.source = source
@@ -107,12 +113,10 @@ class SegDataModule(L.LightningDataModule):
         self.n_synthetic = len(dataset)
         if self.n_synthetic == 0:
             raise InputError(f"{self.synthetic}: no synthetic sample is left; raise the budget")
-        image, top = dataset[0]["image"], dataset.highest_class
+        shapes, top = dataset.shapes, dataset.highest_class
         expected = (self.source.channels, *self.source.size)
-        if tuple(image.shape) != expected:
-            raise InputError(
-                f"{self.synthetic}: images are {tuple(image.shape)}, those of {self.source.name} {expected}"
-            )
+        if shapes != {expected}:
+            raise InputError(f"{self.synthetic}: images are {shapes}, those of {self.source.name} {expected}")
         if top >= self.source.num_classes:
             raise InputError(
                 f"{self.synthetic}: masks hold class {top}, {self.source.name} has {self.source.num_classes}"

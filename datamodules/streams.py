@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.sources import Sample
 
@@ -17,8 +17,8 @@ Transform = Callable[[Sample, np.random.Generator], Sample]
 
 
 def item_generator(seed: int, n: int, stream: int = 0) -> np.random.Generator:
-    """Return numpy's generator of item n of a stream."""
-    return np.random.default_rng([seed, n, stream])
+    """Return numpy's generator of item n of a stream; it depends on (seed, n, stream) alone."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n, stream)))
 
 
 class StreamDataset(Dataset[dict[str, Any]]):
@@ -52,29 +52,35 @@ class StreamDataset(Dataset[dict[str, Any]]):
         return {"image": sample["image"], "mask": sample["mask"], "index": n}
 
 
-class StreamSampler(Sampler[int]):
-    """Numbers of the items of one epoch, from where the training stands.
+class StreamSampler(DistributedSampler[int]):
+    """Numbers of one device's items of one epoch, from where the training stands.
 
-    The start is asked for at the beginning of every epoch. It is counted in steps, not in epochs, which
-    Lightning numbers differently after a resumption.
+    Device r of W takes the items r, r + W, …, so that W devices together see what one device with W
+    times the batch sees. The start is asked for at the beginning of every epoch and counted in steps,
+    not in epochs, which Lightning numbers differently after a resumption. As a ``DistributedSampler`` it
+    is used by Lightning as it is.
 
     Args:
         length: items of an epoch, over all devices.
         start: returns the number of the first item, from the trainer's state.
+        rank: this device, from 0.
+        world: number of devices.
     """
 
-    def __init__(self, length: int, start: Callable[[], int]) -> None:
+    def __init__(self, length: int, start: Callable[[], int], rank: int = 0, world: int = 1) -> None:
         self.length = length
         self.start = start
+        self.rank = rank
+        self.world = world
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the epoch's item numbers in order."""
+        """Yield this device's item numbers in order."""
         start = self.start()
-        return iter(range(start, start + self.length))
+        return iter(range(start + self.rank, start + self.length, self.world))
 
     def __len__(self) -> int:
-        """Return the items of an epoch."""
-        return self.length
+        """Return this device's items of an epoch."""
+        return self.length // self.world
 
 
 def stream_sampler(trainer: Any, batch_size: int, steps: int) -> StreamSampler:
@@ -85,9 +91,11 @@ def stream_sampler(trainer: Any, batch_size: int, steps: int) -> StreamSampler:
         batch_size: items of this stream a batch and device.
         steps: batches an epoch and device.
     """
-    items = batch_size * (trainer.world_size if trainer else 1)
+    if trainer is None:
+        return StreamSampler(batch_size * steps, lambda: 0)
+    items = batch_size * trainer.world_size
 
     def start() -> int:
-        return items * trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+        return items * trainer.global_step * trainer.accumulate_grad_batches
 
-    return StreamSampler(items * steps, start)
+    return StreamSampler(items * steps, start, trainer.global_rank, trainer.world_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def generator(seed: int, index: int, stream: int = 0) -> torch.Generator:
     """Return a CPU generator that depends on (seed, index, stream) alone."""
-    state = np.random.SeedSequence([seed, index, stream]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence(seed, spawn_key=(index, stream)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & 0x7FFF_FFFF_FFFF_FFFF)
 
 

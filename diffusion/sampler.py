@@ -28,10 +28,10 @@ class Sampler:
         self.pairs = ddim_timesteps(
             steps, len(backbone.alphas_cumprod), backbone.spacing, backbone.steps_offset
         )
-        if self.terminal_alpha <= 1e-8:
+        if float(backbone.alphas_cumprod[-1]) <= 1e-8:
             raise ValueError(
                 "the schedule ends at zero signal-to-noise ratio (ᾱ_T = 0), where neither x̂_0 nor the "
-                "rollout's gradient √(1/ᾱ_T) is defined; use a schedule that is not rescaled to zero terminal SNR"
+                "rollout's gradient √(1/ᾱ_T) is defined; use one that is not rescaled to zero terminal SNR"
             )
 
     @property

@@ -15,6 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from errors import InputError
+from networks.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -23,34 +24,29 @@ DOWNLOAD_TIMEOUT = 5.0
 
 
 class EncoderFeatures(nn.Module):
-    """Features of a frozen segmenter: the spatial mean of its encoder's last map.
+    """Features of a segmenter, frozen for good: the spatial mean of its deepest map.
 
     Distances over them say how far apart two sets are *for that segmenter*; they compare only with
-    distances over the same segmenter. Never leaves evaluation mode and never builds a graph.
+    distances over the same segmenter.
 
     Args:
-        encoder: images ``(B, C, H, W)`` in [−1, 1] → feature map ``(B, D, h, w)``.
-        name: what reports call these features.
+        segmenter: network for images ``(B, C, H, W)`` in [−1, 1].
+        name: what reports call these features; None takes the segmenter's class and fingerprint.
     """
 
-    def __init__(self, encoder: nn.Module, name: str) -> None:
+    def __init__(self, segmenter: Segmenter, name: str | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.name = name
-        self.eval()
-
-    def train(self, mode: bool = True) -> "EncoderFeatures":
-        """Stay in evaluation mode, whatever is asked."""
-        return super().train(False)
+        self.segmenter = segmenter.freeze()
+        self.name = name or f"{type(segmenter).__name__} encoder {segmenter.fingerprint()[:8]}"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features ``(B, D)`` of images ``(B, C, H, W)`` in [−1, 1]."""
-        return self.encoder(images).mean(dim=(2, 3))
+        return self.segmenter.features(images).mean(dim=(2, 3))
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 features of FID's own Inception v3 (TensorFlow 2015-12-05, torch-fidelity's port).
+    """The 2,048 features of FID's own Inception v3 (TensorFlow 2015-12-05, torch-fidelity's port), frozen.
 
     Args:
         weights: path of torch-fidelity's weights file; ``None`` takes its cached or downloaded copy.
@@ -61,10 +57,6 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | None) -> None:
         super().__init__()
         self.net = FeatureExtractorInceptionV3(self.name, ["2048"], weights, verbose=False)
-
-    def train(self, mode: bool = True) -> "InceptionFeatures":
-        """Stay in evaluation mode, whatever is asked."""
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -118,8 +110,10 @@ def _cached_inception() -> InceptionFeatures | None:
     try:
         with _timeout(DOWNLOAD_TIMEOUT), redirect_stderr(io.StringIO()):
             return InceptionFeatures(None)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        log.warning("FID uses the embedded encoder's features: no Inception weights here (%s)", error)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        log.warning(
+            "Inception's weights are not here and cannot be downloaded: FID is over the encoder instead"
+        )
         return None
 
 
@@ -131,7 +125,7 @@ def _given_inception(weights: str) -> InceptionFeatures:
         problem = "cannot be read as Inception's weights" if Path(weights).is_file() else "does not exist"
         raise InputError(
             f"{weights} {problem}; give weights-inception-2015-12-05-6726825d.pth of torch-fidelity's "
-            "release v0.2.0, or no file to take the embedded encoder"
+            "release v0.2.0, or no file to take the encoder"
         ) from error
 
 

@@ -16,24 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from callbacks.files import write_atomically
 from datamodules.sources import Source
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
 from evaluation.fid import EncoderFeatures, fid, inception
+from files import write_atomically
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
-
-
-class _Encoder(nn.Module):
-    """The deepest feature map of a segmenter."""
-
-    def __init__(self, segmenter: Segmenter) -> None:
-        super().__init__()
-        self.segmenter = segmenter
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.segmenter.features(image)
 
 
 def read_source(config: str | Path) -> Source:
@@ -60,27 +49,11 @@ def _batches(dataset: Dataset) -> Iterator[Tensor]:
         yield batch["image"]
 
 
-def extractors(encoder: str | Path, inception_weights: str | None) -> nn.Module:
-    """Return the feature extractor of FID: Inception where it can be had, else a frozen segmenter's encoder.
-
-    Args:
-        encoder: weights folder of a segmenter that is *not* the anchor.
-        inception_weights: file of torch-fidelity's Inception weights; None tries the local cache.
-    """
-    network = inception(inception_weights)
-    if network is not None:
-        return network
-    segmenter = load_pretrained(encoder, Segmenter).freeze()  # type: ignore[type-abstract]
-    return EncoderFeatures(
-        _Encoder(segmenter), f"{type(segmenter).__name__} encoder {segmenter.fingerprint()[:8]}"
-    )
-
-
-def measure(folder: str | Path, real: Dataset, extractor: nn.Module) -> dict[str, Any]:
+def measure(synthetic: SyntheticSet, real: Dataset, extractor: nn.Module) -> dict[str, Any]:
     """Return the figures of a synthetic set.
 
     Args:
-        folder: the set, as ``cli.py predict`` writes it.
+        synthetic: the set.
         real: real images to take the Fréchet distance to.
         extractor: images in [−1, 1] to features, with a ``name``.
 
@@ -89,8 +62,7 @@ def measure(folder: str | Path, real: Dataset, extractor: nn.Module) -> dict[str
         sample, ``fid``, ``fid_extractor``, ``seconds_per_image`` (synthesis alone), ``kl`` in nats, and
         what made the set.
     """
-    synthetic = SyntheticSet(folder)
-    made = json.loads((Path(folder) / "dataset.json").read_text())
+    made = json.loads((synthetic.folder / "dataset.json").read_text())
     values = [entry["value"] for entry in synthetic.entries]
     return {
         "method": made["method"],
@@ -131,15 +103,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--examples", type=Path, help="folder for the real images that the masks came from")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    extractor = extractors(options.encoder, options.inception)
+    extractor = inception(options.inception)
+    if extractor is None:
+        extractor = EncoderFeatures(load_pretrained(options.encoder, Segmenter))  # type: ignore[type-abstract]
     source = read_source(options.config)
-    figures = measure(options.set, source.dataset(options.split), extractor)
+    synthetic = SyntheticSet(options.set)
+    figures = measure(synthetic, source.dataset(options.split), extractor)
     if options.examples is not None:
-        write_examples(SyntheticSet(options.set), source.dataset("train"), options.examples)
+        write_examples(synthetic, source.dataset("train"), options.examples)
     write_atomically(options.output, json.dumps(figures) + "\n")
     print(
         f"{figures['method']} seed {figures['seed']}: {figures['n']} samples, adversariality "
-        f"{figures['adversariality']:.4f} ({figures['reward']}), FID {figures['fid']:.3f} ({figures['fid_extractor']})"
+        f"{figures['adversariality']:.4f} ({figures['reward']}), "
+        f"FID {figures['fid']:.3f} ({figures['fid_extractor']})"
     )
 
 

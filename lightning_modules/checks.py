@@ -1,36 +1,34 @@
 """Checks of one part of a run against another, before anything is trained."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
+from datamodules.sources import Source
+from diffusion.backbones import Backbone
 from errors import InputError
+from networks import Segmenter
 
 
-def check_image_set(trainer: Any, channels: int, num_classes: int, argument: str) -> None:
-    """Raise unless a network fits the images that the data module reads.
+def check_image_set(source: Source, network: Backbone | Segmenter, argument: str) -> None:
+    """Raise unless a network fits the images of a source.
 
     Args:
-        trainer: its data module has a ``source``; one without is not checked.
-        channels: image channels of the network.
-        num_classes: classes of the network, background included.
+        source: where the images come from.
+        network: what reads or makes such images.
         argument: the command-line argument that configures the network.
 
     Raises:
         InputError: channels or classes differ.
     """
-    source = getattr(trainer.datamodule, "source", None)
-    if source is None:
-        return
-    if channels != source.channels:
+    if network.image_channels != source.channels:
         raise InputError(
-            f"{argument}: reads images of {channels} channels, those of {source.name} have "
-            f"{source.channels}; set its channels to match, or give a network trained on such images"
+            f"{argument}: is made for images of {network.image_channels} channels, those of {source.name} "
+            f"have {source.channels}; set its channels to match, or give a network trained on such images"
         )
-    if num_classes != source.num_classes:
+    if network.num_classes != source.num_classes:
         raise InputError(
-            f"{argument}: has {num_classes} classes, {source.name} has {source.num_classes} "
+            f"{argument}: has {network.num_classes} classes, {source.name} has {source.num_classes} "
             f"({', '.join(source.class_names)}); set num_classes to match, or give a network trained on them"
         )
 

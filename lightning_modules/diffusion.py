@@ -9,6 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from datamodules.sources import Source
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
@@ -51,11 +52,13 @@ class DiffusionLitModule(L.LightningModule):
         """The network whose weights this stage hands on."""
         return self.backbone
 
+    def check_data(self, source: Source) -> None:
+        """Raise unless the backbone fits the images."""
+        check_image_set(source, self.backbone, "model.backbone")
+
     def setup(self, stage: str) -> None:
         """Check the backbone against the data."""
-        check_image_set(
-            self.trainer, self.backbone.image_channels, self.backbone.num_classes, "model.backbone"
-        )
+        self.check_data(self.trainer.datamodule.source)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this network."""

@@ -63,7 +63,14 @@ class MinerLitModule(SynthesisLitModule):
     ) -> None:
         super().__init__(backbone, anchor, Base(), reward, steps, seed)
         channels = self.backbone.noise_shape((64, 64))[0]
-        network = load_pretrained(weights, Miner) if weights else miner or Miner(channels)
+        network = load_pretrained(weights, Miner).train() if weights else miner or Miner(channels)
+        if weights and miner and network.settings() != miner.settings():
+            raise InputError(
+                f"model.weights {weights}: holds another architecture than model.miner "
+                f"({network.settings()}, not {miner.settings()}); set model.miner to match, or leave it out"
+            )
+        if not 1 <= truncate <= steps:
+            raise InputError(f"model.truncate {truncate}: choose 1 to {steps} of the {steps} model.steps")
         self.method = Mined(network, noise)
         if network.channels != channels:
             raise InputError(

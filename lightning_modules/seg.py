@@ -9,12 +9,16 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from datamodules.sources import Source
+from datamodules.streams import item_generator
 from errors import InputError
 from evaluation.metrics import SegmentationScore
 from lightning_modules.checks import check_checkpoint, check_image_set
 from networks.pretrained import load_pretrained, training_facts
 from networks.segmenter import Segmenter
 from objectives.segmentation import dice_ce
+
+_CUTMIX = 100  # stream of randomness, apart from those of the data module
 
 
 def paired_cutmix(
@@ -78,7 +82,7 @@ class SegLitModule(L.LightningModule):
         super().__init__()
         self.segmenter = segmenter
         if weights is not None:
-            self.segmenter = load_pretrained(weights, type(segmenter))
+            self.segmenter = load_pretrained(weights, type(segmenter)).train()
             if self.segmenter.settings() != segmenter.settings():
                 raise InputError(
                     f"model.weights {weights}: holds another architecture than model.segmenter "
@@ -95,12 +99,14 @@ class SegLitModule(L.LightningModule):
         """The network whose weights this stage hands on."""
         return self.segmenter
 
+    def check_data(self, source: Source) -> None:
+        """Raise unless the segmenter fits the images."""
+        check_image_set(source, self.segmenter, "model.segmenter")
+
     def setup(self, stage: str) -> None:
         """Check the segmenter against the data and prepare the scores."""
-        check_image_set(
-            self.trainer, self.segmenter.in_channels, self.segmenter.num_classes, "model.segmenter"
-        )
-        source: Any = self.trainer.datamodule.source  # type: ignore[attr-defined]
+        source: Source = self.trainer.datamodule.source  # type: ignore[attr-defined]
+        self.check_data(source)
         self.test_names = source.test_splits
         self.val_score = SegmentationScore(source.class_names)
         self.test_scores = nn.ModuleList(SegmentationScore(source.class_names) for _ in self.test_names)
@@ -113,7 +119,7 @@ class SegLitModule(L.LightningModule):
         """Return the loss, averaged over the streams by their share of the batch."""
         streams = list(batch.values())
         image, mask = (torch.cat([stream[key] for stream in streams]) for key in ("image", "mask"))
-        rng = np.random.default_rng([self.seed, int(streams[0]["index"][0])])
+        rng = item_generator(self.seed, int(streams[0]["index"][0]), _CUTMIX)
         image, mask = paired_cutmix(image, mask, rng, self.cutmix)
         output = self.segmenter(image)
         levels = [output] if isinstance(output, Tensor) else output

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from datamodules.sources import Source
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
@@ -54,6 +55,8 @@ class SynthesisLitModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 1 <= steps <= 1000:
+            raise InputError(f"model.steps {steps}: choose 1 to 1000 DDIM steps")
         if reward not in REWARDS:
             raise InputError(f"model.reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
         self.backbone = load_pretrained(backbone, Backbone).freeze()  # type: ignore[type-abstract]
@@ -62,20 +65,20 @@ class SynthesisLitModule(L.LightningModule):
         self.reward_name = reward
         self.seed = seed
         self.sampler = Sampler(self.backbone, steps)
-        if self.backbone.image_channels != self.anchor.in_channels:
+        if self.backbone.image_channels != self.anchor.image_channels:
             raise InputError(
-                f"model.anchor {anchor}: reads {self.anchor.in_channels} channels, the backbone {backbone} "
-                f"makes {self.backbone.image_channels}; give an anchor trained on the same kind of images"
+                f"model.anchor {anchor}: reads {self.anchor.image_channels} channels, but the backbone "
+                f"{backbone} makes {self.backbone.image_channels}; give an anchor trained on such images"
             )
+
+    def check_data(self, source: Source) -> None:
+        """Raise unless both frozen networks fit the images."""
+        check_image_set(source, self.backbone, "model.backbone")
+        check_image_set(source, self.anchor, "model.anchor")
 
     def setup(self, stage: str) -> None:
         """Check both frozen networks against the data."""
-        for network, channels in (
-            (self.backbone, self.backbone.image_channels),
-            (self.anchor, self.anchor.in_channels),
-        ):
-            name = f"model.{'backbone' if network is self.backbone else 'anchor'}"
-            check_image_set(self.trainer, channels, network.num_classes, name)
+        self.check_data(self.trainer.datamodule.source)  # type: ignore[attr-defined]
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the state without the frozen networks: all that a checkpoint of this stage holds."""
@@ -112,6 +115,8 @@ class SynthesisLitModule(L.LightningModule):
             ``image`` uint8 ``(B, C, H, W)``, ``mask`` int64 ``(B, H, W)``, ``index``, ``source_mask``,
             ``value`` (the reward) ``(B,)``, ``notes`` of the method, and ``seconds`` an image.
         """
+        if batch_idx == 0:
+            self._warm_up(batch)
         self._wait()
         start = time.perf_counter()
         image, notes = self.synthesize(batch)
@@ -128,6 +133,10 @@ class SynthesisLitModule(L.LightningModule):
             "notes": notes,
             "seconds": seconds,
         }
+
+    def _warm_up(self, batch: dict[str, Any]) -> None:
+        """Call the backbone once, so that the first batch's time is not that of loading kernels."""
+        self.sampler.initial_score(self.noise(batch).draw(), self.backbone.condition(batch["mask"]))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -62,7 +62,7 @@ class NNUNet(Segmenter):
         deep_supervision: bool = True,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.image_channels = in_channels
         self.num_classes = num_classes
         strides = pooling_strides(patch_size)
         stages = len(strides)

@@ -79,7 +79,7 @@ def load_pretrained(folder: str | Path, kind: type[P]) -> P:
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'}: is not valid JSON ({error}); {fix}") from None
     known = _subclasses(kind)
-    name = config.get("_class_name")
+    name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in known:
         raise InputError(
             f"{folder}: holds a {name}, not a {kind.__name__} ({', '.join(sorted(known))}); {fix}"
@@ -91,8 +91,8 @@ def load_pretrained(folder: str | Path, kind: type[P]) -> P:
             str(folder), output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
         )
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: the weights do not fit its config.json ({first}); {fix}") from error
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        raise InputError(f"{folder}: the weights do not fit its config.json ({reason}); {fix}") from error
     problems = {
         key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)
     }

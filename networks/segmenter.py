@@ -15,11 +15,11 @@ class Segmenter(Pretrained, ABC):
     normalisation, differentiably, so that real and synthetic images go the same way.
 
     Attributes:
-        in_channels: image channels C.
+        image_channels: image channels C.
         num_classes: classes K, background included.
     """
 
-    in_channels: int
+    image_channels: int
     num_classes: int
 
     @abstractmethod

@@ -39,12 +39,15 @@ def bounded_balanced_ce(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def dice(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return 1 − soft Dice, averaged over the foreground classes that the mask has ``(B,)``, in [0, 1]."""
+    """Return 1 − soft Dice, averaged over the foreground classes that the mask has ``(B,)``, in [0, 1].
+
+    A mask without foreground, for which Dice is not defined, gives 0.
+    """
     probability = logits.softmax(1)[:, 1:].flatten(2)
     target = F.one_hot(mask, logits.shape[1])[..., 1:].flatten(1, 2).transpose(1, 2).to(probability.dtype)
     overlap = 2 * (probability * target).sum(2) / (probability.sum(2) + target.sum(2)).clamp(min=1e-8)
     present = target.sum(2) > 0
-    return 1 - (overlap * present).sum(1) / present.sum(1).clamp(min=1)
+    return ((1 - overlap) * present).sum(1) / present.sum(1).clamp(min=1)
 
 
 def focal(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:

@@ -32,25 +32,35 @@ class SyntheticSet(Dataset[Sample]):
                 f"{folder}: is no complete synthesised set (dataset.json and manifest.jsonl); "
                 "make it with `python cli.py predict`"
             )
-        self.entries = [json.loads(line) for line in manifest.read_text().splitlines()]
+        try:
+            self.entries = [json.loads(line) for line in manifest.read_text().splitlines()]
+            self.files = [
+                (self.folder / entry["image"], self.folder / entry["mask"]) for entry in self.entries
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{manifest}: is no manifest ({error!r}); synthesise the set again") from None
         if count is not None:
             if count > len(self.entries):
                 raise InputError(
                     f"{folder}: holds {len(self.entries)} samples, {count} were asked for; synthesise more"
                 )
             self.entries = self.entries[:count]
-        self._cache = [self._read(entry) for entry in self.entries]
+        self._cache = [self._read(*files) for files in self.files[: len(self.entries)]]
 
-    def _read(self, entry: dict) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, *files: Path) -> tuple[np.ndarray, np.ndarray]:
         arrays = []
-        for key in ("image", "mask"):
-            file = self.folder / entry[key]
+        for file in files:
             try:
                 with Image.open(file) as image:
                     arrays.append(np.asarray(image))
             except OSError as error:
                 raise InputError(f"{file}: cannot be read ({error}); synthesise the set again") from None
         return arrays[0], arrays[1]
+
+    @property
+    def shapes(self) -> set[tuple[int, int, int]]:
+        """Every shape (C, H, W) that an image has."""
+        return {(1, *image.shape) if image.ndim == 2 else (3, *image.shape[:2]) for image, _ in self._cache}
 
     @property
     def highest_class(self) -> int:

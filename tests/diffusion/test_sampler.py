@@ -30,6 +30,15 @@ class Analytic(Backbone):
     def decode(self, latent: Tensor) -> Tensor:
         return latent
 
+    def noise_shape(self, size):
+        raise NotImplementedError
+
+    def condition(self, mask):
+        raise NotImplementedError
+
+    def training_loss(self, image, mask, epsilon, t):
+        raise NotImplementedError
+
 
 def noise(batch=2, size=4, channels=2, seed=0):
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))

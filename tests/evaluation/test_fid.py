@@ -8,6 +8,7 @@ from scipy.linalg import sqrtm
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
+from conftest import make_segmenter
 from errors import InputError
 from evaluation.fid import EncoderFeatures, InceptionFeatures, fid, inception
 
@@ -72,15 +73,17 @@ def test_undefined_for_fewer_than_two(n):
 
 
 def test_encoder_features_are_the_spatial_mean_of_a_frozen_net():
-    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6))
-    features = EncoderFeatures(encoder, "U-Net encoder")
+    segmenter = make_segmenter()
+    features = EncoderFeatures(segmenter)
     features.train()
-    images = torch.rand(4, 1, 16, 16, requires_grad=True)
+    images = torch.rand(4, 3, 32, 32, requires_grad=True)
     out = features(images)
-    assert features.name == "U-Net encoder"
-    assert not encoder.training
+    assert features.name == f"NNUNet encoder {segmenter.fingerprint()[:8]}"
+    assert EncoderFeatures(segmenter, "reference").name == "reference"
+    assert not segmenter.training
+    assert not any(p.requires_grad for p in segmenter.parameters())
     assert not out.requires_grad
-    torch.testing.assert_close(out, encoder(images).mean((2, 3)).detach())
+    torch.testing.assert_close(out, segmenter.features(images).mean((2, 3)).detach())
     assert fid([images.detach()], [images.detach()], features) == pytest.approx(0, abs=1e-6)
 
 
@@ -96,7 +99,6 @@ def random_inception(monkeypatch, tmp_path):
 def test_inception_takes_grey_images_in_minus_one_to_one(random_inception, monkeypatch):
     net = inception(str(random_inception))
     assert isinstance(net, InceptionFeatures)
-    assert not net.train().training
     seen = []
     monkeypatch.setattr(net.net, "forward", lambda x: (seen.append(x), [torch.zeros(len(x), 2048)])[1])
     grey = torch.tensor([-1.0, 0.0, 1.0, 1.2]).reshape(1, 1, 2, 2)
@@ -128,5 +130,5 @@ def test_inception_that_cannot_be_downloaded(monkeypatch, caplog, capfd):
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", refuse)
     assert inception(None) is None
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "embedded encoder" in caplog.text
-    assert capfd.readouterr().out == ""
+    assert "encoder instead" in caplog.text
+    assert "no route" not in "".join(capfd.readouterr())

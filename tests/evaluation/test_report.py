@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,13 @@ from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 from errors import InputError
-from evaluation import report
+from evaluation.report.__main__ import main
+from evaluation.report.collect import CURVE_POINTS, SET_KEYS, Run
+from evaluation.report.examples import EXAMPLES, example_grid
+from evaluation.report.figures import budget_figure
+from evaluation.report.page import write
+from evaluation.report.statistics import paired_differences, spread, summarise
+from evaluation.report.tables import as_markdown, as_text, headline_table, mean_sd, number
 
 SEEDS = (0, 1, 2)
 DSC = {"real": (80.0, 82.0, 84.0), "base": (81.0, 83.0, 85.5), "miner": (83.0, 84.0, 88.0)}
@@ -52,8 +59,7 @@ def synthetic(method: str, seed: int) -> dict:
         "fid": 14.0 + seed if mined else math.nan,
         "fid_extractor": "unet encoder",
         "seconds_per_image": 1.02 if mined else 1.0,
-        "kl_mean": 12.5 if mined else 0.0,
-        "kappa_up": 0.5,
+        "kl": 12.5 if mined else 0.0,
         "values": list(np.linspace(0.0, 0.5, 20)),
     }
 
@@ -79,18 +85,18 @@ def write_images(folder: Path, method: str, seed: int, n: int = 11) -> None:
 
 
 def log_scalars(folder: Path, tag: str) -> None:
-    writer = SummaryWriter(str(folder / "tensorboard" / "version_0"))
+    writer = SummaryWriter(str(folder / "tensorboard"))
     for step in range(500):
         writer.add_scalar(tag, 1 / (1 + step), step)
         writer.add_scalar("epoch", step // 50, step)
     writer.close()
 
 
-def make_run(run: Path, seeds: tuple[int, ...] = SEEDS) -> Path:
+def make_run(run: Path, seeds: tuple[int, ...] = SEEDS, budgets: tuple[float, ...] = (1,)) -> Path:
     settings = {"name": "tiny", "dataset": "phantom", "backbone": "segdiff", "segmenter": "unet"}
     settings |= {
         "methods": ["base", "miner"],
-        "budgets": [1],
+        "budgets": list(budgets),
         "seeds": list(seeds),
         "mining": {"beta": 0.125},
     }
@@ -98,7 +104,8 @@ def make_run(run: Path, seeds: tuple[int, ...] = SEEDS) -> Path:
     for seed in seeds:
         put(run / f"seed{seed}/real/test.json", scores(DSC["real"][seed], 0))
         for method in ("base", "miner"):
-            put(run / f"seed{seed}/{method}/1x/test.json", scores(DSC[method][seed], 1200))
+            for budget in budgets:
+                put(run / f"seed{seed}/{method}/{budget:g}x/test.json", scores(DSC[method][seed], 1200))
             put(run / f"seed{seed}/{method}/synthetic.json", synthetic(method, seed))
     return run
 
@@ -109,12 +116,9 @@ def run(tmp_path):
 
 
 def test_rows_are_one_per_test_set_arm_and_seed(run):
-    rows = report.collect_rows(run)
+    rows = Run.read(run).rows
     assert len(rows) == 2 * 3 * 3
-    keys = ["dataset", "test_set", "backbone", "segmenter", "method", "budget", "seed", "dsc", "asd"]
-    keys += ["n_real", "n_synthetic"]
-    assert all(list(row) == keys for row in rows)
-    assert rows[0] == {
+    assert asdict(rows[0]) == {
         "dataset": "phantom",
         "test_set": "test",
         "backbone": "none",
@@ -127,24 +131,24 @@ def test_rows_are_one_per_test_set_arm_and_seed(run):
         "n_real": 1200,
         "n_synthetic": 0,
     }
-    mined = [r for r in rows if r["method"] == "miner" and r["test_set"] == "shift"]
-    assert [(r["seed"], r["dsc"], r["asd"], r["budget"]) for r in mined] == [
+    mined = [r for r in rows if r.method == "miner" and r.test_set == "shift"]
+    assert [(r.seed, r.dsc, r.asd, r.budget) for r in mined] == [
         (0, 73.0, None, 1),
         (1, 74.0, None, 1),
         (2, 78.0, None, 1),
     ]
-    assert {r["backbone"] for r in mined} == {"segdiff"}
+    assert {r.backbone for r in mined} == {"segdiff"}
 
 
 def test_summary_is_mean_and_sample_deviation_over_seeds(run):
-    summaries = report.summarise(report.collect_rows(run))
-    assert [(s["test_set"], s["method"]) for s in summaries] == [
+    summaries = summarise(Run.read(run).rows)
+    assert [(s.test_set, s.method) for s in summaries] == [
         (t, m) for t in ("test", "shift") for m in ("real", "base", "miner")
     ]
-    miner = summaries[2]["dsc"]
-    assert (miner["n"], miner["mean"]) == (3, 85.0)
-    assert miner["sd"] == pytest.approx(math.sqrt(7))  # of 83, 84, 88
-    assert summaries[5]["asd"] == {"n": 0, "mean": None, "sd": None, "low": None, "high": None}
+    miner = summaries[2].dsc
+    assert (miner.n, miner.mean) == (3, 85.0)
+    assert miner.sd == pytest.approx(math.sqrt(7))  # of 83, 84, 88
+    assert summaries[5].asd == pytest.approx((0, *[math.nan] * 4), nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -152,37 +156,41 @@ def test_summary_is_mean_and_sample_deviation_over_seeds(run):
     [("miner", "real", (3, 2, 4)), ("miner", "base", (2, 1, 2.5)), ("base", "real", (1, 1, 1.5))],
 )
 def test_paired_difference(run, method, reference, gaps):
-    difference, shifted = report.paired_difference(report.collect_rows(run), method, reference)
+    found = [d for d in paired_differences(Run.read(run).rows, reference) if d.method == method]
+    difference, shifted = found
     low, high = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
-    assert difference["dsc"] == pytest.approx(
-        {"n": 3, "mean": np.mean(gaps), "sd": np.std(gaps, ddof=1), "low": low, "high": high}
-    )
-    assert shifted["dsc"] == pytest.approx(difference["dsc"])
-    assert shifted["asd"]["mean"] is None
+    assert difference.dsc == pytest.approx((3, np.mean(gaps), np.std(gaps, ddof=1), low, high))
+    assert shifted.dsc == pytest.approx(difference.dsc)
+    assert math.isnan(shifted.asd.mean)
 
 
 def test_paired_difference_keeps_to_the_same_seed_and_budget(run):
-    rows = [r for r in report.collect_rows(run) if r["test_set"] == "test"]
-    unpaired = [r for r in rows if not (r["method"] == "real" and r["seed"] == 2)]
-    unpaired += [{**r, "budget": 3, "dsc": 99.0} for r in rows if r["method"] == "miner"]
-    one, three = report.paired_difference(unpaired, "miner", "real")
-    assert (one["budget"], one["dsc"]["n"], one["dsc"]["mean"]) == (1, 2, 2.5)
-    assert one["dsc"]["low"] is None  # two seeds are too few
-    assert (three["budget"], three["dsc"]["mean"]) == (3, 18.0)
-    _, three = report.paired_difference(unpaired, "miner", "base")
-    assert three["dsc"]["n"] == 0  # base has no budget 3
+    rows = [r for r in Run.read(run).rows if r.test_set == "test" and r.method != "base"]
+    base = [r for r in Run.read(run).rows if r.test_set == "test" and r.method == "base"]
+    unpaired = [r for r in rows if not (r.method == "real" and r.seed == 2)]
+    unpaired += [replace(r, budget=3, dsc=99.0) for r in rows if r.method == "miner"]
+    one, three = paired_differences(unpaired, "real")
+    assert (one.budget, one.dsc.n, one.dsc.mean) == (1, 2, 2.5)
+    assert math.isnan(one.dsc.low)  # two seeds are too few
+    assert (three.budget, three.dsc.mean) == (3, 18.0)
+    _, three = paired_differences(unpaired + base, "base")
+    assert three.dsc.n == 0  # base has no budget 3
 
 
 @pytest.mark.parametrize(
     ("values", "shown"), [([], "–"), ([None], "–"), ([1.5], "1.50 ± –"), ([-1.0, -2.0], "−1.50 ± 0.71")]
 )
 def test_undefined_prints_as_a_dash(values, shown):
-    assert report.mean_sd(report.spread(values)) == shown
+    assert mean_sd(spread(values)) == shown
+
+
+def test_no_negative_zero():
+    assert number(-0.001, signed=True) == "+0.00"
 
 
 def test_table_as_text_and_markdown(run):
-    rows = report.collect_rows(run)
-    text = report.table(rows, "mm").splitlines()
+    table = headline_table(Run.read(run))
+    text = as_text(table).splitlines()
     miner = (
         "test      miner 1×  1,200      1,200  85.00 ± 2.65  1.50 ± 0.26  +3.00 ± 1.00  +1.83 ± 0.76      3"
     )
@@ -190,24 +198,22 @@ def test_table_as_text_and_markdown(run):
     assert "ASD (mm)" in text[0]
     assert text[0].index("DSC (%)") + len("DSC (%)") == text[3].index("2.65") + 4
 
-    markdown = report.table(rows, "mm", "markdown").splitlines()
+    markdown = as_markdown(table).splitlines()
     assert len(markdown) == len(text) + 1
     assert {line.count("|") for line in markdown} == {10}
     assert markdown[4].startswith("| test | miner 1× | 1,200 | 1,200 | 85.00 ± 2.65 |")
 
 
 def test_json_has_the_contracts_keys(run):
-    page = report.write(run)
+    page = write(Run.read(run))
     assert page == run / "report" / "report.html"
     text = (run / "report" / "report.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert list(content) == ["experiment", "created", "versions", "rows", "synthetic_sets"]
     assert content["experiment"] == "tiny"
     assert set(content["versions"]) == {"python", "torch", "lightning", "diffusers", "monai", "torchmetrics"}
-    assert content["rows"] == report.collect_rows(run)
-    keys = ["method", "backbone", "seed", "n", "adversariality", "reward", "fid", "fid_extractor"]
-    keys += ["seconds_per_image"]
-    assert [list(s) for s in content["synthetic_sets"]] == [keys] * 6
+    assert content["rows"] == [asdict(row) for row in Run.read(run).rows]
+    assert [list(s) for s in content["synthetic_sets"]] == [list(SET_KEYS)] * 6
     assert content["synthetic_sets"][0]["fid"] is None
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json"]
 
@@ -219,7 +225,7 @@ def test_page_shows_the_numbers_and_needs_no_network(run):
     Image.fromarray(np.full((16, 16), 9, np.uint8)).save(run / "reference/real/images/case_0.png")
     log_scalars(run / "backbone", "train/loss")
     log_scalars(run / "seed1/miner_training", "miner/reward")
-    page = report.write(run).read_text(encoding="utf-8")
+    page = write(Run.read(run)).read_text(encoding="utf-8")
 
     for shown in (
         "85.00 ± 2.65",  # DSC of the mined arm
@@ -229,8 +235,8 @@ def test_page_shows_the_numbers_and_needs_no_network(run):
         "15.00 ± 1.00",
         "bounded_ce",
         "unet encoder",
-        "(1.02×)",
-        "12.5 ± 0.0",
+        "(1.02×)",  # time to base
+        "12.50 ± 0.00",
         "ASD (mm)",
         "86.00 ± 2.65",  # class ring
         "mining.beta",
@@ -240,7 +246,7 @@ def test_page_shows_the_numbers_and_needs_no_network(run):
         "Training curves: Miner",
     ):
         assert shown in page, shown
-    assert page.count('alt="miner"') == report.EXAMPLES
+    assert page.count('alt="miner"') == EXAMPLES
     assert page.count('alt="real"') == 1
     assert "://" not in page
     assert "<script" not in page
@@ -253,9 +259,8 @@ def test_page_shows_the_numbers_and_needs_no_network(run):
 
 
 def test_one_seed_without_images_or_logs(tmp_path):
-    page = report.write(make_run(tmp_path / "one", seeds=(1,))).read_text(encoding="utf-8")
+    page = write(Run.read(make_run(tmp_path / "one", seeds=(1,)))).read_text(encoding="utf-8")
     assert "82.00 ± –" in page
-    assert "fewer than 3 seeds" in page
     assert "no interval" in page
     assert "holds no synthetic images" in page
     assert "holds no training logs" in page
@@ -264,28 +269,35 @@ def test_one_seed_without_images_or_logs(tmp_path):
 def test_curves_are_thinned_and_carry_arm_and_seed(run):
     log_scalars(run / "seed1/real", "val/dsc")
     log_scalars(run / "seed2/miner/1x", "val/dsc")
-    curves = report.read_curves(run)
+    curves = Run.read(run).curves()
     assert [(c.stage, c.tag, c.arm, c.seed) for c in curves] == [
-        ("Segmenter, synthetic budget 1×", "val/dsc", "real", 1),
-        ("Segmenter, synthetic budget 1×", "val/dsc", "miner", 2),
+        ("Segmenter, budget 1×", "val/dsc", "real", 1),
+        ("Segmenter, budget 1×", "val/dsc", "miner", 2),
     ]
-    assert len(curves[0].steps) == report.CURVE_POINTS
+    assert len(curves[0].steps) == CURVE_POINTS
     assert (curves[0].steps[0], curves[0].steps[-1]) == (0, 499)
     assert curves[0].values[-1] == pytest.approx(1 / 500)
 
 
-def test_budgets_are_drawn_when_there_are_several(run):
-    rows = report.collect_rows(run)
-    assert report.budget_figure(rows) is None
-    more = rows + [{**r, "budget": 0.5} for r in rows if r["method"] != "real"]
-    assert report.budget_figure(more).startswith("data:image/svg+xml")
+def test_budgets_are_drawn_when_there_are_several(run, tmp_path):
+    assert budget_figure(Run.read(run)) is None
+    several = make_run(tmp_path / "several", budgets=(1, 0.5))
+    assert budget_figure(Run.read(several)).startswith("data:image/svg+xml")
+    assert "miner 0.5×" in write(Run.read(several)).read_text(encoding="utf-8")
+
+
+def test_cap_is_the_one_the_miner_was_trained_with(run):
+    assert Run.read(run).cap() is None
+    config = {"model": {"init_args": {"kappa_up": 0.5}}}
+    put(run / "seed0/miner_training/tensorboard/config.yaml", yaml.safe_dump(config))
+    assert Run.read(run).cap() == 0.5
 
 
 def test_examples_are_spread_over_the_set(run):
     for method in ("base", "miner"):
         write_images(run / "seed0" / method / "synthetic", method, 0)
-    grid = report.example_grid(run)
-    assert grid.columns == ("mask", "real", "base", "miner", "|base − miner|")
+    grid = example_grid(Run.read(run))
+    assert grid.columns == ["mask", "real", "base", "miner", "|base − miner|"]
     assert [line[0].note for line in grid.lines][::7] == ["no. 0", "no. 10"]
     assert grid.lines[0][1].uri is None
     assert grid.white == pytest.approx(20)
@@ -296,12 +308,11 @@ def test_examples_are_spread_over_the_set(run):
     "name",
     ["experiment.yaml", "seed2/real/test.json", "seed0/miner/1x/test.json", "seed1/base/synthetic.json"],
 )
-def test_missing_input_is_named_with_its_command(run, name, capsys):
+def test_missing_input_is_named_with_its_command(run, name):
     (run / name).unlink()
-    assert report.main(["--run", str(run)]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert f"{run / name} is missing; make it with: snakemake" in message
+    with pytest.raises(InputError) as caught:
+        main(["--run", str(run)])
+    assert str(caught.value) == f"error: {run / name} is missing; make it with: make experiment NAME=tiny"
     assert not (run / "report").exists()
 
 
@@ -312,47 +323,29 @@ def test_missing_input_is_named_with_its_command(run, name, capsys):
         ("seed0/real/test.json", "[]", "has no dataset"),
         ("seed0/base/synthetic.json", '{"method": "base"}', "has no backbone, seed"),
         ("experiment.yaml", "a: [", "cannot be read"),
-        ("experiment.yaml", "{name: a, dataset: b, backbone: c, segmenter: d}", "methods must be a list"),
+        ("experiment.yaml", "{name: a, backbone: c, segmenter: d}", "methods must be a list"),
     ],
 )
 def test_unusable_input_is_named(run, name, content, problem):
     put(run / name, content)
     with pytest.raises(InputError, match=problem) as caught:
-        report.write(run)
+        write(Run.read(run))
     assert str(run / name) in str(caught.value)
     assert not (run / "report").exists()
 
 
-@pytest.mark.parametrize("break_it", ["image", "manifest"])
-def test_unusable_images_are_named(run, break_it):
+def test_unusable_image_is_named(run):
     for method in ("base", "miner"):
         write_images(run / "seed0" / method / "synthetic", method, 0)
-    folder = run / "seed0/miner/synthetic"
-    if break_it == "image":
-        (folder / "images/000000.png").write_bytes(b"no image")
-    else:
-        put(folder / "manifest.jsonl", '{"index": 0}')
-    with pytest.raises(InputError, match=r"000000\.png|manifest\.jsonl"):
-        report.write(run)
+    (run / "seed0/miner/synthetic/images/000000.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"000000\.png"):
+        write(Run.read(run))
+    assert not (run / "report").exists()
 
 
 def test_entry_prints_table_protocol_and_path(run, capsys):
-    assert report.main(["--run", str(run), "--style", "markdown"]) == 0
+    main(["--run", str(run), "--markdown"])
     out = capsys.readouterr().out
     assert "| test | miner 1× |" in out
     assert "asd unit: mm" in out
     assert out.splitlines()[-1] == str(run / "report" / "report.html")
-
-
-def test_a_failed_write_leaves_the_old_page(run, monkeypatch):
-    page = report.write(run)
-    before = page.read_text()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(report.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        report.write(run)
-    assert page.read_text() == before
-    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json"]

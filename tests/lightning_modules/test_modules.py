@@ -20,7 +20,6 @@ from networks.pretrained import load_pretrained, save_pretrained, training_facts
 from objectives.segmentation import dice_ce
 
 
-
 def adam(params):
     return torch.optim.AdamW(params, lr=1e-3)
 
@@ -95,7 +94,9 @@ def batch(source):
 @pytest.mark.parametrize("mode", ["fresh", "paired"])
 @pytest.mark.parametrize("kappa_up", [0.3, 10.0])
 def test_objective_and_its_gradient_written_out(weights, batch, mode, kappa_up):
-    module = mining(weights, miner=make_miner(trained=True), noise=mode, kappa_up=kappa_up, truncate=3, steps=50)
+    module = mining(
+        weights, miner=make_miner(trained=True), noise=mode, kappa_up=kappa_up, truncate=3, steps=50
+    )
     used, draw = [], module.noise
     module.noise = lambda *args: used.append(draw(*args)) or used[-1]
     module.training_step(batch, 0).backward()
@@ -189,7 +190,9 @@ def test_mining_changes_the_miner_alone(weights, source, tmp_path):
         assert unchanged(part, kept)
         assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
         assert not any(m.training for m in part.modules())
-    moved = {name for name, value in module.miner.state_dict().items() if not torch.equal(value, before[2][name])}
+    moved = {
+        name for name, value in module.miner.state_dict().items() if not torch.equal(value, before[2][name])
+    }
     assert moved == set(before[2])
     after = module.fingerprints()
     assert {key for key in prints if prints[key] != after[key]} == {"miner"}
@@ -223,7 +226,7 @@ class Items(Callback):
 
 @pytest.mark.parametrize("stage", ["miner", "segmenter"])
 def test_an_interrupted_run_resumes_exactly(weights, source, tmp_path, stage):
-    """Cut in the middle of its second epoch, resumed from ``last.ckpt``: the same items, bit for bit the same weights."""
+    """Cut in its second epoch, resumed from ``last.ckpt``: the same items, bit for bit the same weights."""
 
     def run(name, fail_at=None, ckpt_path=None):
         items, folder = Items(fail_at), tmp_path / name
@@ -232,7 +235,10 @@ def test_an_interrupted_run_resumes_exactly(weights, source, tmp_path, stage):
         if stage == "miner":
             module, data = mining(weights), conditions(source, steps_per_epoch=3)
         else:
-            module, data = SegLitModule(make_segmenter(), optimizer=adam), SegDataModule(source, batch_size=2, steps_per_epoch=3)
+            module, data = (
+                SegLitModule(make_segmenter(), optimizer=adam),
+                SegDataModule(source, batch_size=2, steps_per_epoch=3),
+            )
         trainer.fit(module, data, ckpt_path=ckpt_path)
         return items.seen, module.trained
 
@@ -252,7 +258,9 @@ def test_checkpoint_of_another_miner(weights, source, tmp_path, changes):
     trainer.fit(other, conditions(source))
     trainer.save_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="another miner"):
-        make_trainer(tmp_path, max_steps=2).fit(mining(weights), conditions(source), ckpt_path=tmp_path / "other.ckpt")
+        make_trainer(tmp_path, max_steps=2).fit(
+            mining(weights), conditions(source), ckpt_path=tmp_path / "other.ckpt"
+        )
 
 
 def test_default_miner_is_the_published_one(weights):
@@ -346,6 +354,24 @@ def test_segmenter_starts_from_given_weights(weights, source, tmp_path):
     assert all(p.requires_grad for p in module.segmenter.parameters())
     with pytest.raises(InputError, match=weights.backbone):
         SegLitModule(make_segmenter(), weights=weights.backbone)
+    with pytest.raises(InputError, match=f"{weights.segmenter}.*another architecture"):
+        SegLitModule(make_segmenter(base_features=8), weights=weights.segmenter)
+
+
+def test_training_goes_on_in_training_mode(weights, source, tmp_path):
+    """Loaded networks come in eval mode, where nnU-Net has no deep supervision."""
+    modes = []
+
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            modes.append([module.training for module in pl_module.trained.modules()])
+
+    segmenter = SegLitModule(make_segmenter(), weights=weights.segmenter)
+    data = SegDataModule(source, batch_size=2, steps_per_epoch=1)
+    make_trainer(tmp_path, max_epochs=2, callbacks=[Modes()]).fit(segmenter, data)
+    miner = mining(weights, miner=None, weights=weights.miner)
+    make_trainer(tmp_path, max_steps=1, callbacks=[Modes()]).fit(miner, conditions(source))
+    assert [all(mode) for mode in modes] == [True, True, True]
 
 
 def test_segmenter_that_does_not_fit_the_images(source, tmp_path):
@@ -359,7 +385,11 @@ def test_validation_does_not_depend_on_the_batch_size(source, tmp_path):
     scores = []
     for size in (1, 3):
         trainer = make_trainer(tmp_path)
-        scores.append(trainer.validate(SegLitModule(make_segmenter()), SegDataModule(source, batch_size=size), verbose=False)[0])
+        scores.append(
+            trainer.validate(
+                SegLitModule(make_segmenter()), SegDataModule(source, batch_size=size), verbose=False
+            )[0]
+        )
     assert scores[0]["val/dsc"] == pytest.approx(scores[1]["val/dsc"], rel=1e-5)
 
 
@@ -435,7 +465,8 @@ def test_backbone_training_takes_timesteps_and_noise_of_its_items(source, tmp_pa
     loss = module.training_step({"real": item}, 0)
     torch.manual_seed(99)
     parts = [
-        other.training_step({"real": {key: value[i : i + 1] for key, value in item.items()}}, 0) for i in range(3)
+        other.training_step({"real": {key: value[i : i + 1] for key, value in item.items()}}, 0)
+        for i in range(3)
     ]
     assert loss.item() == pytest.approx(sum(parts).item() / 3, rel=1e-4)
     assert len({round(part.item(), 4) for part in parts}) == 3

@@ -1,0 +1,111 @@
+"""Write ``report.json`` and the page."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from evaluation.report.collect import CURVE_POINTS, REAL, SET_KEYS, Run, arm_name, finite
+from evaluation.report.examples import example_grid
+from evaluation.report.figures import budget_figure, colour, curve_figures, histogram_figure, scores_figure
+from evaluation.report.statistics import MIN_SEEDS, REFERENCES, paired_differences
+from evaluation.report.tables import (
+    class_table,
+    difference_table,
+    headline_table,
+    interval,
+    number,
+    synthetic_table,
+)
+from files import write_atomically
+
+PACKAGES = ("torch", "lightning", "diffusers", "monai", "torchmetrics")
+"""Packages that the numbers depend on."""
+
+
+def write(run: Run) -> Path:
+    """Write ``report/report.json`` and ``report/report.html`` of a run, each whole or not at all.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: an image of the run cannot be used; nothing has been written then.
+    """
+    report = {
+        "experiment": run.experiment["name"],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+        "rows": [asdict(row) for row in run.rows],
+        "synthetic_sets": [{key: finite(one[key]) for key in SET_KEYS} for one in run.sets.values()],
+    }
+    page = render(run, report)
+    folder = run.folder / "report"
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "report.json", text + "\n")
+    write_atomically(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def render(run: Run, report: dict[str, Any]) -> str:
+    """Return the page of a run, given the content of its ``report.json``."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        run=run,
+        cards=_cards(run),
+        headline=headline_table(run),
+        differences=difference_table(run),
+        classes={
+            test_set: [(metric, class_table(run, test_set, metric)) for metric in ("dsc", "asd")]
+            for test_set in dict.fromkeys(row.test_set for row in run.rows)
+        },
+        synthetic=synthetic_table(run),
+        scores=scores_figure(run),
+        budgets=budget_figure(run),
+        histogram=histogram_figure(run),
+        grid=example_grid(run),
+        curves=curve_figures(run),
+        settings=_flat(run.experiment),
+        colours={method: colour(method, run.methods) for method in (REAL, *run.methods)},
+        min_seeds=MIN_SEEDS,
+        curve_points=CURVE_POINTS,
+    )
+
+
+def _cards(run: Run) -> list[dict[str, str]]:
+    """Return the differences that the page opens with: of the mined arm, at budget 1 or the first."""
+    budgets = run.experiment["budgets"]
+    budget = 1 if 1 in budgets else budgets[0]
+    return [
+        {
+            "value": number(d.dsc.mean, signed=True),
+            "title": f"{arm_name(d.method, budget)} − {arm_name(reference, budget)}",
+            "test_set": d.test_set,
+            "note": f"{interval(d.dsc) if math.isfinite(d.dsc.low) else 'no interval'}, "
+            f"{d.dsc.n} seed{'' if d.dsc.n == 1 else 's'}",
+        }
+        for reference in REFERENCES
+        if reference in (REAL, *run.methods)
+        for d in paired_differences(run.rows, reference)
+        if (d.method, d.budget) == (run.mined, budget)
+    ]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level of dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat

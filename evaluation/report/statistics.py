@@ -1,0 +1,86 @@
+"""Means, deviations and paired differences over seeds."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from evaluation.report.collect import REAL, Row
+
+CONFIDENCE = 0.95
+MIN_SEEDS = 3
+"""Fewest seeds for which an interval is given."""
+
+REFERENCES = (REAL, "base")
+"""Arms that the others are compared with."""
+
+
+class Spread(NamedTuple):
+    """Mean, sample standard deviation and t interval of the mean over ``n`` seeds; NaN where undefined."""
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of one arm on one test set, or their paired difference to a reference, over seeds."""
+
+    test_set: str
+    method: str
+    budget: float
+    n_real: int
+    n_synthetic: int
+    dsc: Spread
+    asd: Spread
+
+
+def spread(values: Iterable[float | None]) -> Spread:
+    """Return mean, standard deviation (n − 1) and 95 % t interval of the values that are defined.
+
+    The mean needs one value, the standard deviation two, the interval :data:`MIN_SEEDS`.
+    """
+    x = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
+    n = len(x)
+    mean = float(x.mean()) if n else math.nan
+    sd = float(x.std(ddof=1)) if n > 1 else math.nan
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * sd / math.sqrt(n) if n >= MIN_SEEDS else math.nan
+    return Spread(n, mean, sd, mean - half, mean + half)
+
+
+def summarise(rows: Sequence[Row]) -> list[Summary]:
+    """Return DSC and ASD of every arm on every test set, over its seeds, in the order of the rows."""
+    groups: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.test_set, row.method, row.budget), []).append(row)
+    return [
+        Summary(*arm, r[0].n_real, r[0].n_synthetic, spread(x.dsc for x in r), spread(x.asd for x in r))
+        for arm, r in groups.items()
+    ]
+
+
+def paired_differences(rows: Sequence[Row], reference: str) -> list[Summary]:
+    """Return method − reference per seed, over seeds, for every other method, test set and budget.
+
+    Both arms of a difference have the same seed and, unless the reference is ``real``, the same budget.
+    Seeds in which either is undefined do not count.
+    """
+    by_arm = {(r.test_set, r.method, r.budget, r.seed): r for r in rows}
+    differences = []
+    for row in rows:
+        if row.method not in (REAL, reference):
+            budget = 0 if reference == REAL else row.budget
+            other = by_arm.get((row.test_set, reference, budget, row.seed))
+            dsc, asd = (_minus(row.dsc, other.dsc), _minus(row.asd, other.asd)) if other else (None, None)
+            differences.append(replace(row, dsc=dsc, asd=asd))
+    return summarise(differences)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b

@@ -1,0 +1,131 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from conftest import make_segmenter
+from datamodules.sources import PhantomSource
+from datamodules.sources.synthetic import SyntheticSet
+from errors import InputError
+from evaluation import synthetic as module
+from evaluation.fid import EncoderFeatures, fid
+from evaluation.synthetic import main, measure, read_source, write_examples
+from networks.pretrained import save_pretrained
+
+PHANTOM = {"family": "polyp", "size": 32, "n_train": 6, "n_val": 4, "n_test": 5}
+N = 4
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Files of a measurement: a synthetic set of noise, a segmenter, and a config that names phantoms."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "synthetic"
+    lines = []
+    for i in range(N):
+        files = {kind: f"{kind}s/{i:06d}.png" for kind in ("image", "mask")}
+        for kind, file in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            size, top = ((32, 32, 3), 256) if kind == "image" else ((32, 32), 2)
+            Image.fromarray(rng.integers(0, top, size, dtype=np.uint8)).save(folder / file)
+        entry = {
+            "index": i,
+            "source_mask": f"train-{i % 2:05d}",
+            "value": i / 10,
+            "kl": 2.0 * i,
+            "seconds": 0.5,
+        }
+        lines.append(json.dumps(entry | files) + "\n")
+    (folder / "manifest.jsonl").write_text("".join(lines))
+    facts = {"method": "miner", "backbone": "SegDiff", "seed": 3, "reward": "bounded_ce"}
+    (folder / "dataset.json").write_text(json.dumps(facts))
+
+    save_pretrained(make_segmenter().eval(), tmp_path / "weights", {})
+    source = {"class_path": "PhantomSource", "init_args": PHANTOM}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
+    return SimpleNamespace(set=folder, weights=tmp_path / "weights", config=config)
+
+
+def test_measure_is_means_over_the_samples_and_the_distance(made, source):
+    extractor = EncoderFeatures(make_segmenter(), "reference")
+    synthetic, real = SyntheticSet(made.set), source.dataset("test")
+    figures = measure(synthetic, real, extractor)
+    images = [torch.stack([s[i]["image"] for i in range(len(s))]) for s in (real, synthetic)]
+    assert figures.pop("fid") == pytest.approx(fid([images[0]], [images[1]], extractor))
+    assert figures.pop("adversariality") == pytest.approx(0.15)
+    assert figures == {
+        "method": "miner",
+        "backbone": "SegDiff",
+        "seed": 3,
+        "n": N,
+        "reward": "bounded_ce",
+        "fid_extractor": "reference",
+        "seconds_per_image": 0.5,
+        "kl": 3.0,
+        "values": [0.0, 0.1, 0.2, 0.3],
+    }
+
+
+def test_source_is_the_one_of_the_config(made):
+    source = read_source(made.config)
+    assert isinstance(source, PhantomSource)
+    assert len(source.dataset("test")) == PHANTOM["n_test"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(None, "no such file"), ("data: {}", "has no data"), ("[]", "has no data")]
+)
+def test_config_without_a_source(tmp_path, content, problem):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=problem):
+        read_source(path)
+
+
+def test_examples_are_the_images_that_the_masks_came_from(made, source, tmp_path):
+    train = source.dataset("train")
+    write_examples(SyntheticSet(made.set), train, tmp_path / "examples")
+    files = sorted((tmp_path / "examples").iterdir())
+    assert [f.name for f in files] == ["train-00000.png", "train-00001.png"]
+    pixels = torch.from_numpy(np.array(Image.open(files[1]))).permute(2, 0, 1)
+    torch.testing.assert_close(pixels / 127.5 - 1, train[1]["image"])
+
+
+def test_grey_examples(made, tmp_path):
+    source = PhantomSource("cardiac", size=32, n_train=6, n_val=4, n_test=5)
+    write_examples(SyntheticSet(made.set), source.dataset("train"), tmp_path / "examples")
+    assert Image.open(tmp_path / "examples/train-00000.png").mode == "L"
+
+
+def test_command_writes_the_figures_and_the_examples(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "inception", lambda weights: None)
+    output, examples = tmp_path / "synthetic.json", tmp_path / "examples"
+    arguments = {
+        "set": made.set,
+        "config": made.config,
+        "split": "val",
+        "encoder": made.weights,
+        "examples": examples,
+        "output": output,
+    }
+    main([f"--{key}={value}" for key, value in arguments.items()])
+    figures = json.loads(output.read_text())
+    segmenter = make_segmenter()
+    real = read_source(made.config).dataset("val")
+    assert figures == measure(SyntheticSet(made.set), real, EncoderFeatures(segmenter))
+    assert figures["fid_extractor"] == f"NNUNet encoder {segmenter.fingerprint()[:8]}"
+    assert len(list(examples.iterdir())) == 2
+    assert "miner seed 3: 4 samples, adversariality 0.1500 (bounded_ce)" in capsys.readouterr().out
+
+
+def test_command_names_a_missing_set(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "inception", lambda weights: None)
+    arguments = ["--config", str(made.config), "--encoder", str(made.weights), "--output", "unused.json"]
+    with pytest.raises(InputError, match="no complete synthesised set"):
+        main(["--set", str(tmp_path / "absent"), *arguments])

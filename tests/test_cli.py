@@ -1,0 +1,293 @@
+"""The whole application from its command line, in small."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+
+import cli
+from conftest import files_of, make_miner
+from diffusion.backbones import Backbone
+from errors import InputError
+from networks import Miner, Segmenter
+from networks.pretrained import load_pretrained, save_pretrained, training_facts
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "configs"
+# An untrained segmenter finds every sample harder than the cap of 0.5, above which nothing is learnt.
+MINING = ["--model.init_args.truncate=2", "--model.init_args.kappa_up=0.9"]
+FEW = {"n_train": 6, "n_val": 4, "n_test": 5}
+MINER = ["--model.init_args.miner=Miner", "--model.init_args.miner.init_args.channels=3"] + [
+    f"--model.init_args.miner.init_args.{key}={value}"
+    for key, value in {"base_width": 8, "multipliers": "[1, 2]", "pooled_levels": 1, "head_width": 8}.items()
+]
+
+
+def command(verb, stage, root, *args, network=None):
+    """Arguments of a stage, built from the shipped files, on a handful of images."""
+    files = [f"stages/{stage}", "data/phantom_polyp32", *([network] if network else [])]
+    return [
+        verb,
+        *(f"--config={CONFIGS / file}.yaml" for file in files),
+        f"--trainer.default_root_dir={root}",
+        "--trainer.accelerator=cpu",
+        *(f"--data.init_args.source.init_args.{key}={value}" for key, value in FEW.items()),
+        *args,
+    ]
+
+
+def short(steps, batch=4):
+    """Two steps an epoch."""
+    return [
+        f"--trainer.max_steps={steps}",
+        f"--data.init_args.batch_size={batch}",
+        "--data.init_args.steps_per_epoch=2",
+    ]
+
+
+def frozen(runs, steps=3):
+    return [
+        f"--model.init_args.backbone={runs.backbone / 'weights'}",
+        f"--model.init_args.anchor={runs.segmenter / 'weights'}",
+        f"--model.init_args.steps={steps}",
+    ]
+
+
+SEGMENTER, BACKBONE = "segmenters/nnunet_rgb32", "backbones/segdiff_rgb32"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every stage once; the folders of their runs."""
+    root = tmp_path_factory.mktemp("runs")
+    names = ("backbone", "segmenter", "miner", "base", "mined", "union", "test")
+    runs = SimpleNamespace(**{name: root / name for name in names})
+    preview = ["--model.init_args.sampling_steps=2"]
+    cli.main(command("fit", "backbone", runs.backbone, *short(4), *preview, network=BACKBONE))
+    cli.main(command("fit", "segmenter", runs.segmenter, *short(4), network=SEGMENTER))
+    cli.main(command("fit", "miner", runs.miner, *short(4), *frozen(runs), *MINING, *MINER))
+    cli.main(command("predict", "synthesis", runs.base, *frozen(runs)))
+    mined = [
+        "--model.init_args.method=Mined",
+        f"--model.init_args.method.init_args.miner={runs.miner / 'weights'}",
+    ]
+    cli.main(command("predict", "synthesis", runs.mined, *frozen(runs), *mined))
+    start = f"--model.init_args.weights={runs.segmenter / 'weights'}"
+    union = [start, f"--data.init_args.synthetic={runs.mined / 'synthetic'}", "--data.init_args.budget=1"]
+    cli.main(command("fit", "segmenter", runs.union, *short(4), *union, network=SEGMENTER))
+    trained = f"--model.init_args.weights={runs.union / 'weights'}"
+    cli.main(command("test", "segmenter", runs.test, trained, network=SEGMENTER))
+    return runs
+
+
+def fingerprint(folder, kind):
+    return load_pretrained(folder / "weights", kind).fingerprint()
+
+
+def test_each_stage_hands_weights_on(runs):
+    assert training_facts(runs.backbone / "weights")["steps"] == 4
+    assert training_facts(runs.miner / "weights")["steps"] == 4
+    assert training_facts(runs.segmenter / "weights")["n_synthetic"] == 0
+    assert training_facts(runs.union / "weights")["n_synthetic"] == 6
+    assert fingerprint(runs.union, Segmenter) != fingerprint(runs.segmenter, Segmenter)
+    prior = load_pretrained(runs.miner / "weights", Miner)
+    assert prior.mean_head[-1].weight.abs().max() > 0  # it has learnt something
+
+
+def test_backbone_hands_on_the_averaged_weights(runs):
+    checkpoint = torch.load(runs.backbone / "tensorboard" / "checkpoints" / "last.ckpt", weights_only=True)
+    exported = load_pretrained(runs.backbone / "weights", Backbone).state_dict()
+    averaged, last = (checkpoint[key] for key in ("state_dict", "current_model_state"))
+    assert all(torch.equal(exported[name], averaged[f"backbone.{name}"]) for name in exported)
+    assert not all(torch.equal(exported[name], last[f"backbone.{name}"]) for name in exported)
+
+
+def test_runs_keep_to_their_folders(runs):
+    for name in ("backbone", "segmenter", "miner", "union"):
+        written = files_of(getattr(runs, name))
+        tops = {file.split("/")[0] for file in written}
+        assert tops == {"weights", "tensorboard"}, name
+        assert "tensorboard/config.yaml" in written
+        assert any("tfevents" in file for file in written)
+        assert any(file.endswith("last.ckpt") for file in written)
+    assert "synthetic/manifest.jsonl" in files_of(runs.base)
+    assert not (REPOSITORY / "lightning_logs").exists()
+
+
+def test_synthetic_sets_note_the_networks_they_were_made_with(runs):
+    prints = {
+        "backbone": fingerprint(runs.backbone, Backbone),
+        "segmenter": fingerprint(runs.segmenter, Segmenter),
+        "miner": fingerprint(runs.miner, Miner),
+    }
+    for name, networks in (
+        ("base", ("backbone", "segmenter")),
+        ("mined", ("backbone", "segmenter", "miner")),
+    ):
+        facts = json.loads((getattr(runs, name) / "synthetic" / "dataset.json").read_text())
+        assert facts["weights"] == {network: prints[network] for network in networks}
+        assert (facts["n"], facts["method"]) == (6, "base" if name == "base" else "miner")
+
+
+def test_test_scores_are_those_of_the_given_weights(runs):
+    report = json.loads((runs.test / "test.json").read_text())
+    assert set(report["test_sets"]) == {"test", "test_uniform", "test_shift"}
+    assert all(score["n_cases"] == 5 for score in report["test_sets"].values())
+    assert all(0 <= score["dsc"] <= 100 for score in report["test_sets"].values())
+    assert report["segmenter_fingerprint"] == fingerprint(runs.union, Segmenter)
+    assert (report["n_real"], report["n_synthetic"], report["steps"]) == (6, 6, 4)
+
+
+def test_predicting_again_gives_the_same_files(runs, tmp_path):
+    cli.main(command("predict", "synthesis", tmp_path, *frozen(runs)))
+    again, first = (files_of(root / "synthetic") for root in (tmp_path, runs.base))
+    same = {name for name in first if first[name] == again[name]}
+    assert set(first) - same == {"manifest.jsonl", "dataset.json"}  # they note the time
+
+
+def test_resuming_from_the_last_checkpoint(runs, tmp_path):
+    checkpoint = runs.miner / "tensorboard" / "checkpoints" / "last.ckpt"
+    args = [*short(6), *frozen(runs), *MINING, *MINER, f"--ckpt_path={checkpoint}"]
+    done = cli.main(command("fit", "miner", tmp_path, *args))
+    assert done.trainer.global_step == 6
+    assert training_facts(tmp_path / "weights")["steps"] == 6
+    assert fingerprint(tmp_path, Miner) != fingerprint(runs.miner, Miner)
+    wide = [arg.replace("base_width=8", "base_width=16") for arg in args]
+    with pytest.raises(InputError, match="another miner"):
+        cli.main(command("fit", "miner", tmp_path / "wide", *wide))
+
+
+# --------------------------------------------------------------------------------- wrong input
+
+
+def refused(root, arguments, *fragments):
+    """The run ends with one line that has all fragments, and writes nothing."""
+    with pytest.raises(InputError) as caught:
+        cli.main(arguments)
+    message = str(caught.value)
+    assert re.search("(?s)" + ".*".join(re.escape(str(part)) for part in fragments), message), message
+    assert "\n" not in message.strip()
+    assert list(files_of(root)) == []
+
+
+def test_missing_weights(runs, tmp_path):
+    for argument in ("backbone", "anchor"):
+        args = [*short(2), *frozen(runs), f"--model.init_args.{argument}={tmp_path / 'nowhere'}"]
+        refused(tmp_path / "run", command("fit", "miner", tmp_path / "run", *args), tmp_path / "nowhere")
+    mined = [
+        "--model.init_args.method=Mined",
+        f"--model.init_args.method.init_args.miner={tmp_path / 'nowhere'}",
+    ]
+    arguments = command("predict", "synthesis", tmp_path / "run", *frozen(runs), *mined)
+    refused(tmp_path / "run", arguments, tmp_path / "nowhere")
+
+
+def test_segmenter_for_other_channels(tmp_path):
+    args = [*short(2), "--model.init_args.segmenter.init_args.in_channels=1"]
+    arguments = command("fit", "segmenter", tmp_path, *args, network=SEGMENTER)
+    refused(tmp_path, arguments, "model.segmenter", "1 channels")
+
+
+def test_backbone_for_other_classes(tmp_path):
+    args = [*short(2), "--model.init_args.backbone.init_args.num_classes=3"]
+    refused(
+        tmp_path, command("fit", "backbone", tmp_path, *args, network=BACKBONE), "model.backbone", "3 classes"
+    )
+
+
+@pytest.mark.parametrize(("verb", "stage"), [("fit", "miner"), ("predict", "synthesis")])
+def test_networks_for_other_classes(runs, tmp_path, verb, stage):
+    cardiac = "--data.init_args.source.init_args.family=cardiac"
+    extra = short(2) if verb == "fit" else []
+    arguments = command(verb, stage, tmp_path, *frozen(runs), "--model.init_args.steps=10", cardiac, *extra)
+    refused(tmp_path, arguments, "model.backbone", "channels")
+
+
+def test_miner_for_other_channels(runs, tmp_path):
+    args = [*short(2), *frozen(runs, steps=10), *MINER, "--model.init_args.miner.init_args.channels=1"]
+    refused(tmp_path, command("fit", "miner", tmp_path, *args), "model.miner", "1 channels")
+
+
+def test_unknown_reward(runs, tmp_path):
+    args = [*short(2), *frozen(runs, steps=10), "--model.init_args.reward=lce"]
+    refused(tmp_path, command("fit", "miner", tmp_path, *args), "lce", "bounded_ce")
+
+
+def test_budget_without_synthetic(tmp_path):
+    args = [*short(2), "--data.init_args.budget=1"]
+    refused(tmp_path, command("fit", "segmenter", tmp_path, *args, network=SEGMENTER), "budget", "synthetic")
+
+
+def test_budget_beyond_the_set(runs, tmp_path):
+    folder = runs.base / "synthetic"
+    args = [*short(2), f"--data.init_args.synthetic={folder}", "--data.init_args.budget=2"]
+    refused(tmp_path, command("fit", "segmenter", tmp_path, *args, network=SEGMENTER), folder, "12")
+
+
+def test_synthetic_set_that_is_none(tmp_path):
+    args = [*short(2), f"--data.init_args.synthetic={tmp_path / 'nowhere'}"]
+    refused(tmp_path, command("fit", "segmenter", tmp_path, *args, network=SEGMENTER), tmp_path / "nowhere")
+
+
+def test_foreign_folder_in_the_way(runs, tmp_path):
+    (tmp_path / "synthetic").mkdir()
+    (tmp_path / "synthetic" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "synthetic"))):
+        cli.main(command("predict", "synthesis", tmp_path, *frozen(runs)))
+    assert files_of(tmp_path) == {"synthetic/thesis.txt": b"years of work"}
+
+
+# -------------------------------------------------------------------------------- two processes
+
+
+def two_processes(arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    for key in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        environment.pop(key, None)
+    done = subprocess.run(
+        [sys.executable, "cli.py", *arguments, "--trainer.devices=2", "--trainer.strategy=ddp"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_synthesise_the_same_set(runs, tmp_path):
+    """Seven samples, so that the shares are unequal; one a batch, so that no sum is ordered otherwise."""
+    args = [*frozen(runs, steps=2), "--data.init_args.batch_size=1", "--data.init_args.budget=1.167"]
+    cli.main(command("predict", "synthesis", tmp_path / "one", *args))
+    two_processes(command("predict", "synthesis", tmp_path / "two", *args))
+    one, two = (files_of(tmp_path / name / "synthetic") for name in ("one", "two"))
+    assert set(one) == set(two)
+    assert len(one) == 16
+    assert [name for name in one if one[name] != two[name]] == ["dataset.json", "manifest.jsonl"]
+    entries = [[json.loads(line) for line in files["manifest.jsonl"].splitlines()] for files in (one, two)]
+    for first, second in zip(*entries, strict=True):
+        assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_two_processes_mine_as_one_does_with_twice_the_batch(runs, tmp_path):
+    """The same items each step, gradients averaged: the weights agree to rounding."""
+    start = tmp_path / "start"
+    save_pretrained(make_miner(trained=True), start, {})
+    plain = ["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0.1"]
+    args = [*frozen(runs), *MINING, *plain, f"--model.init_args.weights={start}"]
+    cli.main(command("fit", "miner", tmp_path / "one", *short(3, batch=4), *args))
+    two_processes(command("fit", "miner", tmp_path / "two", *short(3, batch=2), *args))
+    first, one, two = (
+        load_pretrained(folder, Miner)
+        for folder in (start, *(tmp_path / n / "weights" for n in ("one", "two")))
+    )
+    before, single, double = (parameters_to_vector(net.parameters()) for net in (first, one, two))
+    assert (single - double).norm() < 1e-2 * (single - before).norm()

@@ -1,0 +1,128 @@
+"""Every shipped YAML is parsed with partners that it can run with; new files are found by themselves."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "configs"
+
+
+def shipped(kind):
+    return sorted((CONFIGS / kind).glob("*.yaml"))
+
+
+KINDS = ("stages", "data", "segmenters", "backbones", "miners")
+STAGES, DATA, SEGMENTERS, BACKBONES, MINERS = (shipped(kind) for kind in KINDS)
+FOLDERS = ["--model.init_args.backbone=weights/b", "--model.init_args.anchor=weights/s"]
+
+
+def stage(name):
+    return CONFIGS / "stages" / f"{name}.yaml"
+
+
+def verb(stage_file):
+    return "predict" if stage_file.stem == "synthesis" else "fit"
+
+
+def partners(stage_file):
+    """Files and arguments that a stage needs beside data."""
+    model = yaml.safe_load(stage_file.read_text())["model"]["class_path"]
+    if model == "DiffusionLitModule":
+        return [BACKBONES[0]], []
+    if model == "SegLitModule":
+        return [SEGMENTERS[0]], []
+    return [], FOLDERS
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    """Return a function that parses a command line and neither builds nor runs anything."""
+    monkeypatch.setattr(cli.CLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(cli.CLI, "_run_subcommand", lambda self, subcommand: None)
+
+    def run(verb, files, *args):
+        configs = [f"--config={file}" for file in files]
+        try:
+            return cli.main([verb, *configs, *args]).config[verb]
+        except SystemExit:
+            pytest.fail(f"{[file.name for file in files]}: {capsys.readouterr().err}", pytrace=False)
+
+    return run
+
+
+def assert_took(given, parsed, where=""):
+    """Every value of a YAML file is in the parsed configuration."""
+    for key, value in given.items():
+        found = parsed[key]
+        if isinstance(value, dict):
+            assert_took(value, found, f"{where}.{key}")
+        elif key == "class_path":
+            assert found.split(".")[-1] == value.split(".")[-1], f"{where}.{key}"
+        elif isinstance(value, list) and not any(isinstance(item, dict) for item in value):
+            assert list(found) == value, f"{where}.{key}"
+        elif not isinstance(value, list):
+            assert found == value, f"{where}.{key}"
+
+
+def test_every_kind_is_looked_at():
+    """Experiments are read by the workflow, not by the command line."""
+    assert {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"experiments"} == set(KINDS)
+    assert all([STAGES, DATA, SEGMENTERS, BACKBONES, MINERS])
+
+
+@pytest.mark.parametrize("data", DATA, ids=lambda f: f.stem)
+@pytest.mark.parametrize("stage_file", STAGES, ids=lambda f: f.stem)
+def test_stages_with_all_data(parse, stage_file, data):
+    files, args = partners(stage_file)
+    config = parse(verb(stage_file), [stage_file, data, *files], *args)
+    assert_took(yaml.safe_load(stage_file.read_text())["trainer"], config["trainer"])
+    assert_took(yaml.safe_load(data.read_text()), config)
+
+
+@pytest.mark.parametrize("segmenter", SEGMENTERS, ids=lambda f: f.stem)
+def test_segmenters(parse, segmenter):
+    config = parse("fit", [stage("segmenter"), DATA[0], segmenter])
+    assert_took(yaml.safe_load(segmenter.read_text()), config)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda f: f.stem)
+def test_backbones(parse, backbone):
+    config = parse("fit", [stage("backbone"), DATA[0], backbone])
+    assert_took(yaml.safe_load(backbone.read_text()), config)
+
+
+@pytest.mark.parametrize("miner", MINERS, ids=lambda f: f.stem)
+def test_miners(parse, miner):
+    config = parse("fit", [stage("miner"), DATA[0], miner], *FOLDERS)
+    assert_took(yaml.safe_load(miner.read_text()), config)
+
+
+@pytest.mark.parametrize("stage_file", STAGES, ids=lambda f: f.stem)
+def test_one_argument_moves_the_whole_run(parse, stage_file):
+    """Relative paths of callbacks start at ``default_root_dir``; the logger follows it."""
+    files, args = partners(stage_file)
+    config = parse(
+        verb(stage_file), [stage_file, DATA[0], *files], *args, "--trainer.default_root_dir=elsewhere"
+    )
+    assert config["trainer"]["default_root_dir"] == "elsewhere"
+    if config["trainer"]["logger"]:
+        assert config["trainer"]["logger"]["init_args"]["save_dir"] == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trainer: {max_stepz: 3}",
+        "data: {init_args: {source: {init_args: {sise: 32}}}}",
+        "model: {class_path: Nope}",
+    ],
+)
+def test_misspelt_configurations_do_not_parse(parse, tmp_path, text):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text)
+    with pytest.raises(pytest.fail.Exception):
+        parse("fit", [stage("segmenter"), DATA[0], SEGMENTERS[0], wrong])
