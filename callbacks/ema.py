@@ -1,5 +1,6 @@
 """Exponential moving average of the weights that is right for short runs too."""
 
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
@@ -16,8 +17,8 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
             n = int(updates)
-            return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
-        super().__init__(avg_fn=average)
+        super().__init__(use_buffers=False, multi_avg_fn=average)
