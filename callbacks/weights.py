@@ -62,14 +62,21 @@ class ExportWeights(Callback):
             return
         folder, kept = in_run(trainer, self.folder), self._best_folder(trainer)
         if self.monitor is not None and kept.exists():
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(kept, partial)  # kept stays: a finished run that is resumed exports it again
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(kept, folder)
+            os.replace(partial, folder)
         else:
             self._write(trainer, pl_module, folder)
 
     def _write(self, trainer: L.Trainer, pl_module: Any, folder: Path) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        facts = {"source": datamodule.source.name, "steps": trainer.global_step}
+        facts = {
+            "source": datamodule.source.name,
+            "max_steps": trainer.max_steps,
+            "chosen_step": trainer.global_step,
+        }
         facts |= {
             key: getattr(datamodule, key) for key in ("n_real", "n_synthetic") if hasattr(datamodule, key)
         }
