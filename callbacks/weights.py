@@ -74,7 +74,7 @@ class ExportWeights(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         facts = {
             "source": datamodule.source.name,
-            "max_steps": trainer.max_steps,
+            "steps": int(trainer.estimated_stepping_batches),
             "chosen_step": trainer.global_step,
         }
         facts |= {

@@ -1,5 +1,6 @@
 """Deterministic DDIM through a backbone: the initial score, full sampling, truncated rollouts."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -43,19 +44,16 @@ class Sampler:
         times = torch.full((len(x_t),), t, device=x_t.device, dtype=torch.long)
         return self.backbone.epsilon(x_t, times, condition).float()
 
-    def _x0(self, x_t: Tensor, epsilon: Tensor, t: int) -> Tensor:
-        x_0 = predict_x0(x_t, epsilon, self.backbone.alpha_bar(t))
-        return x_0.clamp(-1, 1) if self.backbone.clip_sample else x_0
-
     def _run(
-        self, x: Tensor, condition: Any, pairs: list[tuple[int, int]], epsilon: Any
+        self, x: Tensor, condition: Any, pairs: list[tuple[int, int]], epsilon: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return (x after the last pair, x̂_0 of the last call)."""
+        """Return (x after the last pair, x̂_0 of the last call before any clipping)."""
         x_0 = x
         for t, t_prev in pairs:
             eps = epsilon(x, t, condition)
-            x_0 = self._x0(x, eps, t)
-            x = add_noise(x_0, eps, self.backbone.alpha_bar(t_prev))
+            x_0 = predict_x0(x, eps, self.backbone.alpha_bar(t))
+            used = x_0.clamp(-1, 1) if self.backbone.clip_sample else x_0
+            x = add_noise(used, eps, self.backbone.alpha_bar(t_prev))
         return x, x_0
 
     @torch.no_grad()
@@ -76,7 +74,8 @@ class Sampler:
         that ∂x̂_0/∂x_T = √(1/ᾱ_T) for any truncation: the rollout runs without a graph and the constant
         is attached to its result. ``full`` differentiates through the backbone, which is called again in
         the backward pass so that memory does not grow with the number of calls.
-        x̂_0 is clipped inside the rollout where the backbone's sampler clips; ``stop`` takes no notice.
+        Inside the rollout x̂_0 is clipped where the backbone's sampler clips; ``stop`` takes no notice of
+        it, and the x̂_0 that is returned is not clipped.
 
         Raises:
             ValueError: ``truncate`` is not in 1 … number of steps.

@@ -99,18 +99,14 @@ class MinerLitModule(SynthesisLitModule):
         """Raise unless the checkpoint holds exactly this miner."""
         check_checkpoint(self.own_state(), checkpoint["state_dict"], "miner")
 
-    def anchor_view(self, latent: Tensor) -> Tensor:
-        """Return the decoded image clipped to [−1, 1] as it would be written; the clip passes gradients."""
-        image = self.backbone.decode(latent)
-        return image + (image.clamp(-1, 1) - image).detach()
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the negative objective, and log what tells native from artificial."""
         noise = self.noise(batch, _MINING_SEED)
         condition = self.backbone.condition(batch["mask"])
         x_T, shifted = shift_noise(self.miner, self.sampler, noise, condition, self.noise_mode)
         latent = self.sampler.rollout(x_T, condition, self.truncate, self.gradient)
-        reward = self.reward(self.anchor_view(latent), batch["mask"])
+        image = self.backbone.decode(latent)
+        reward = self.reward(image.clamp(-1, 1), batch["mask"])  # no gradient where the image is saturated
         kl = shifted.kl()
         objective = clipped(reward, self.kappa_up).mean() - self.beta * kl.mean()
         prior = noise.draw(PROBE).flatten(1).norm(dim=1)
@@ -119,6 +115,7 @@ class MinerLitModule(SynthesisLitModule):
                 "miner/objective": objective,
                 "miner/reward": reward.mean(),
                 "miner/kl": kl.mean(),
+                "miner/saturated": (image.abs() > 1).float().mean(),
                 "miner/at_cap": (reward >= self.kappa_up).float().mean(),
                 "miner/noise_norm_ratio": (x_T.flatten(1).norm(dim=1) / prior).mean(),
                 "miner/mean_rms": shifted.mean.square().mean().sqrt(),

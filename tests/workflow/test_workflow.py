@@ -106,5 +106,5 @@ def test_equal_length_for_all_arms(tiny):
     arms = [run / "seed3" / arm for arm in ("real", "base/0.5x", "miner/0.5x")]
     facts = [yaml.safe_load((arm / "weights" / "training.json").read_text()) for arm in arms]
     steps = settings["stages"]["segmenter"]["arguments"]["trainer.max_steps"]
-    assert [fact["max_steps"] for fact in facts] == [steps] * 3
+    assert [fact["steps"] for fact in facts] == [steps] * 3
     assert [fact["n_synthetic"] for fact in facts] == [0, 4, 4]
