@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from callbacks.paths import in_run
@@ -126,6 +127,16 @@ class SynthesisCallback(BasePredictionWriter):
             "weights": self.fingerprints,
         }
         (self.partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
+        self._log(trainer, ordered)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.partial, self.folder)
+
+    def _log(self, trainer: L.Trainer, entries: list[dict[str, Any]]) -> None:
+        """Show how hard the samples are, and how far from the prior, in TensorBoard."""
+        if not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        for key, name in (("value", "reward"), ("kl", "kl"), ("seconds", "seconds_per_image")):
+            values = np.array([entry[key] for entry in entries])
+            trainer.logger.experiment.add_histogram(f"synthesis/{name}", values, 0)
+            trainer.logger.log_metrics({f"synthesis/mean_{name}": float(values.mean())}, step=0)
