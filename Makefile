@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 CORES ?= all
-export DATA_ROOT ?= data
+# Folder that holds the data sets, each in a folder of its own name.
+export DATA_ROOT ?= $(firstword $(wildcard data ../shared/data) data)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
