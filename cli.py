@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that every class is known by its name alone.
-import callbacks  # noqa: F401
+import callbacks
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
 import methods  # noqa: F401
@@ -25,7 +25,14 @@ class CLI(LightningCLI):
         if hasattr(self.model, "check_data"):
             self.model.check_data(self.datamodule.source)
 
-    before_fit = before_validate = before_test = before_predict = check_data
+    def before_predict(self) -> None:
+        """Check the data, and that no folder stands where the synthetic set goes."""
+        self.check_data()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, callbacks.SynthesisCallback):
+                callback.check_folder(self.trainer)
+
+    before_fit = before_validate = before_test = check_data
 
 
 def main(args: Sequence[str] | None = None) -> LightningCLI:

@@ -43,17 +43,20 @@ class SynthesisCallback(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.argument = folder
 
+    def check_folder(self, trainer: L.Trainer) -> Path:
+        """Return where the set goes; refuse a folder that holds something else."""
+        folder = in_run(trainer, self.argument)
+        if folder.exists() and not (folder / "dataset.json").is_file():
+            raise InputError(f"{folder}: exists and is no synthetic set; move it away or name another folder")
+        return folder
+
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a folder that holds something else, and prepare an empty one beside it."""
+        """Prepare an empty folder beside the one that the set goes to."""
         if stage != "predict":
             return
         self.fingerprints = pl_module.fingerprints()
-        self.folder = in_run(trainer, self.argument)
+        self.folder = self.check_folder(trainer)
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
-        if self.folder.exists() and not (self.folder / "dataset.json").is_file():
-            raise InputError(
-                f"{self.folder}: exists and is no synthetic set; move it away or name another folder"
-            )
         if trainer.is_global_zero:
             shutil.rmtree(self.partial, ignore_errors=True)
             for name in ("images", "masks"):
