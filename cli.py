@@ -1,9 +1,7 @@
 """The application: ``python cli.py fit|validate|test|predict --config …``."""
 
-from collections.abc import Sequence
-
 import lightning as L
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that every class is known by its name alone.
 import callbacks
@@ -35,7 +33,7 @@ class CLI(LightningCLI):
     before_fit = before_validate = before_test = check_data
 
 
-def main(args: Sequence[str] | None = None) -> LightningCLI:
+def main(args: ArgsType = None) -> LightningCLI:
     """Run one stage; ``args`` are those of the command line."""
     return CLI(
         L.LightningModule,
