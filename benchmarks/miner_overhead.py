@@ -17,8 +17,8 @@ import torch
 from diffusion.backbones import SegDiff
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
-from methods import Base, Mined
-from networks import Miner
+from methods import Base, Mined, Request
+from networks import Miner, NNUNet
 
 
 def paired_ratios(
@@ -60,12 +60,15 @@ def main() -> None:
     mask = torch.zeros(options.batch, *size, dtype=torch.long, device=device)
     mask[:, 8:24, 8:24] = 1
     condition = backbone.condition(mask)
+    segmenter = NNUNet(3, 2, size).freeze().to(device)
+    image = torch.zeros(options.batch, 3, *size, device=device)
+    request = Request(sampler, noise, mask, condition, segmenter, image)
     mined = Mined(Miner(3, options.miner_width).freeze().to(device))
 
     def synthesis(method: Base | Mined) -> Callable[[], object]:
         def run() -> object:
             with torch.no_grad():
-                return method.synthesize(sampler, noise, condition)
+                return method.synthesize(request)
 
         return run
 

@@ -6,30 +6,36 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.sources import Source
 from datamodules.streams import item_generator, stream_sampler
 from errors import InputError
 
 
-def vary_mask(mask: Tensor, rng: np.random.Generator, flip: bool, scale: float) -> Tensor:
-    """Return a mask flipped and scaled about its centre at random, with its classes kept.
+def vary(
+    mask: Tensor, image: Tensor, rng: np.random.Generator, flip: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return a mask and its image, flipped and scaled about the centre at random, the classes kept.
 
     Args:
         mask: int64 class map ``(H, W)``.
+        image: ``(C, H, W)``; what a smaller one leaves empty is filled by reflection.
         rng: source of the randomness.
         flip: mirror left to right with probability ½.
         scale: the factor is drawn log-uniformly from [1/(1 + scale), 1 + scale]; 0 leaves the size.
     """
     if flip and rng.random() < 0.5:
-        mask = mask.flip(-1)
+        mask, image = mask.flip(-1), image.flip(-1)
     factor = float((1 + scale) ** rng.uniform(-1, 1))
     theta = torch.tensor([[[1 / factor, 0.0, 0.0], [0.0, 1 / factor, 0.0]]])
     grid = F.affine_grid(theta, [1, 1, *mask.shape], align_corners=False)
     scaled = F.grid_sample(mask[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].long()
-    return scaled if torch.equal(scaled.unique(), mask.unique()) else mask
+    if not torch.equal(scaled.unique(), mask.unique()):
+        return mask, image
+    return scaled, F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 
 class ConditionDataset(Dataset[dict[str, Any]]):
@@ -38,10 +44,10 @@ class ConditionDataset(Dataset[dict[str, Any]]):
     The first N masks come from the N real ones, each once, so do the next N, each varied anew.
     """
 
-    def __init__(self, masks: Dataset, length: int, seed: int, stream: int, flip: bool, scale: float) -> None:
-        self.masks = masks
+    def __init__(self, real: Dataset, length: int, seed: int, stream: int, flip: bool, scale: float) -> None:
+        self.real = real
         self.stream = stream
-        self.size = len(masks)  # type: ignore[arg-type]
+        self.size = len(real)  # type: ignore[arg-type]
         self.length = length
         self.seed = seed
         self.flip = flip
@@ -52,10 +58,11 @@ class ConditionDataset(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``mask`` int64 (H, W), its ``index``, and ``source_mask``, the id of the real one."""
-        sample = self.masks[index % self.size]
-        mask = vary_mask(sample["mask"], item_generator(self.seed, index, self.stream), self.flip, self.scale)
-        return {"mask": mask, "index": index, "source_mask": sample["id"]}
+        """Return ``mask`` (H, W), its ``image``, its ``index``, and ``source_mask``, the real one's id."""
+        sample = self.real[index % self.size]
+        rng = item_generator(self.seed, index, self.stream)
+        mask, image = vary(sample["mask"], sample["image"], rng, self.flip, self.scale)
+        return {"mask": mask, "image": image, "index": index, "source_mask": sample["id"]}
 
 
 class ConditionDataModule(L.LightningDataModule):
@@ -105,17 +112,17 @@ class ConditionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the training masks."""
-        masks = self.source.dataset("train")
-        available = len(masks)  # type: ignore[arg-type]
+        real = self.source.dataset("train")
+        available = len(real)  # type: ignore[arg-type]
         self.n_real = min(available, self.max_real or available)
-        self.masks = torch.utils.data.Subset(masks, range(self.n_real))
+        self.real = torch.utils.data.Subset(real, range(self.n_real))
         if round(self.budget * self.n_real) < 1:
             raise InputError(
                 f"budget {self.budget}: asks for no sample from {self.n_real} real ones; raise it"
             )
 
     def _dataset(self, length: int, stream: int) -> ConditionDataset:
-        return ConditionDataset(self.masks, length, self.seed, stream, self.flip, self.scale)
+        return ConditionDataset(self.real, length, self.seed, stream, self.flip, self.scale)
 
     def train_dataloader(self) -> DataLoader:
         """Return masks for mining; they are not the varied masks of synthesis."""
@@ -128,10 +135,13 @@ class ConditionDataModule(L.LightningDataModule):
         dataset = self._dataset(round(self.budget * self.n_real), stream=0)
         return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
 
+    def calibration(self, count: int, device: torch.device) -> list[dict[str, Any]]:
+        """Return ``count`` masks and images that are not those of synthesis, in batches."""
+        loader = DataLoader(self._dataset(count, stream=2), batch_size=self.batch_size)
+        return [move_data_to_device(batch, device) for batch in loader]
+
     def preview(self, count: int) -> dict[str, Tensor]:
-        """Return the first ``count`` masks of synthesis as one batch: ``mask`` and ``index``."""
+        """Return the first ``count`` masks of synthesis as one batch: ``mask``, ``image`` and ``index``."""
         samples = self._dataset(count, stream=0)
-        return {
-            "mask": torch.stack([samples[i]["mask"] for i in range(count)]),
-            "index": torch.arange(count),
-        }
+        batch = default_collate([samples[i] for i in range(count)])
+        return {key: batch[key] for key in ("mask", "image", "index")}

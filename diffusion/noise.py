@@ -1,6 +1,6 @@
 """Randomness that belongs to a sample, not to a batch, a rank or a device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -40,3 +40,9 @@ class NoiseStream:
         """Return independent uniform integers in [0, ``high``), int64 ``(B,)``."""
         values = [torch.randint(high, (), generator=generator(self.seed, i, stream)) for i in self.indices]
         return torch.stack(values).to(self.device)
+
+    def scalars(self, draw: Callable[[np.random.Generator], float], stream: int = 0) -> Tensor:
+        """Return what ``draw`` makes of each sample's own NumPy generator, float32 ``(B,)``."""
+        sequences = (np.random.SeedSequence(self.seed, spawn_key=(i, stream)) for i in self.indices)
+        values = [float(draw(np.random.default_rng(sequence))) for sequence in sequences]
+        return torch.tensor(values, device=self.device)

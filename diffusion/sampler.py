@@ -40,17 +40,32 @@ class Sampler:
         """ᾱ at the first timestep of the schedule."""
         return float(self.backbone.alphas_cumprod[self.pairs[0][0]])
 
-    def _epsilon(self, x_t: Tensor, t: int, condition: Any) -> Tensor:
+    def epsilon(self, x_t: Tensor, t: int, condition: Any) -> Tensor:
+        """Return ε_φ(x_t, t | y), float32, at one t for the whole batch."""
         times = torch.full((len(x_t),), t, device=x_t.device, dtype=torch.long)
         return self.backbone.epsilon(x_t, times, condition).float()
 
-    def _run(
-        self, x: Tensor, condition: Any, pairs: list[tuple[int, int]], epsilon: Callable[..., Tensor]
+    def run(
+        self,
+        x: Tensor,
+        condition: Any,
+        pairs: list[tuple[int, int]],
+        epsilon: Callable[[Tensor, int, Any], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return (x after the last pair, x̂_0 of the last call before any clipping)."""
+        """Walk along a part of the schedule.
+
+        Args:
+            x: latents at the first t of ``pairs``.
+            condition: of the masks.
+            pairs: (t, t_prev), a slice of ``self.pairs``.
+            epsilon: takes the place of :meth:`epsilon`, for guidance; same arguments.
+
+        Returns:
+            x at the last t_prev, and x̂_0 of the last call before any clipping.
+        """
         x_0 = x
         for t, t_prev in pairs:
-            eps = epsilon(x, t, condition)
+            eps = (epsilon or self.epsilon)(x, t, condition)
             x_0 = predict_x0(x, eps, self.backbone.alpha_bar(t))
             used = x_0.clamp(-1, 1) if self.backbone.clip_sample else x_0
             x = add_noise(used, eps, self.backbone.alpha_bar(t_prev))
@@ -59,12 +74,17 @@ class Sampler:
     @torch.no_grad()
     def initial_score(self, x_T: Tensor, condition: Any) -> Tensor:
         """Return S = −ε_φ(x_T, T | y) / √(1 − ᾱ_T), like ``x_T``, at the schedule's first timestep."""
-        return -self._epsilon(x_T, self.pairs[0][0], condition) / (1 - self.terminal_alpha) ** 0.5
+        return -self.epsilon(x_T, self.pairs[0][0], condition) / (1 - self.terminal_alpha) ** 0.5
 
     @torch.no_grad()
     def sample(self, x_T: Tensor, condition: Any) -> Tensor:
         """Return images in [−1, 1] from initial noise ``(B, *noise_shape)``, by the whole schedule."""
-        latent, _ = self._run(x_T, condition, self.pairs, self._epsilon)
+        return self.finish(x_T, condition, self.pairs)
+
+    @torch.no_grad()
+    def finish(self, x_t: Tensor, condition: Any, pairs: list[tuple[int, int]]) -> Tensor:
+        """Return images in [−1, 1] from latents at the first t of ``pairs``, the schedule's last part."""
+        latent, _ = self.run(x_t, condition, pairs)
         return self.backbone.decode(latent).clamp(-1, 1)
 
     def rollout(self, x_T: Tensor, condition: Any, truncate: int, gradient: GradientMode = "stop") -> Tensor:
@@ -84,10 +104,10 @@ class Sampler:
             raise ValueError(f"rollout of {truncate} steps: the schedule has {len(self.pairs)}")
         pairs = self.pairs[:truncate]
         if gradient == "full":
-            return self._run(x_T, condition, pairs, self._checkpointed)[1]
+            return self.run(x_T, condition, pairs, self._checkpointed)[1]
         with torch.no_grad():
-            _, x_0 = self._run(x_T, condition, pairs, self._epsilon)
+            _, x_0 = self.run(x_T, condition, pairs)
         return x_0 + (x_T - x_T.detach()) / self.terminal_alpha**0.5
 
     def _checkpointed(self, x_t: Tensor, t: int, condition: Any) -> Tensor:
-        return checkpoint(self._epsilon, x_t, t, condition, use_reentrant=False)
+        return checkpoint(self.epsilon, x_t, t, condition, use_reentrant=False)

@@ -130,10 +130,9 @@ class MinerLitModule(SynthesisLitModule):
     def preview(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return columns of a picture grid: base beside mined, from the same probe noise."""
         batch = {key: value.to(self.device) for key, value in batch.items()}
-        condition = self.backbone.condition(batch["mask"])
         columns = {}
         for name, method in (("base", Base()), ("mined", self.method)):
-            image, _ = method.synthesize(self.sampler, self.noise(batch), condition)
+            image, _ = method.synthesize(self.request(batch))
             columns[name] = image
             self.logger_scalar(f"preview/reward_{name}", self.reward(image, batch["mask"]).mean())
         return columns

@@ -13,10 +13,13 @@ from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from errors import InputError
 from lightning_modules.checks import check_image_set
-from methods import Method
+from methods import Method, Preparation, Request
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS
+
+CALIBRATION_SEED = 2**33
+"""Keeps the noise of calibration apart from that of synthesis at any seed below."""
 
 
 def quantize(image: Tensor) -> Tensor:
@@ -99,9 +102,25 @@ class SynthesisLitModule(L.LightningModule):
         shape = self.backbone.noise_shape((mask.shape[-2], mask.shape[-1]))
         return NoiseStream(self.seed + seed_stream, batch["index"].tolist(), shape, self.device)
 
-    def synthesize(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return images ``(B, C, H, W)`` in [−1, 1] and the method's notes, for ``mask`` and ``index``."""
-        return self.method.synthesize(self.sampler, self.noise(batch), self.backbone.condition(batch["mask"]))
+    def request(self, batch: dict[str, Any], seed_stream: int = 0) -> Request:
+        """Return what a method is asked for, from ``mask``, ``image`` and ``index``."""
+        return Request(
+            sampler=self.sampler,
+            noise=self.noise(batch, seed_stream),
+            mask=batch["mask"],
+            condition=self.backbone.condition(batch["mask"]),
+            anchor=self.anchor,
+            image=batch["image"],
+        )
+
+    def on_predict_start(self) -> None:
+        """Let the method look at the real images."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+
+        def requests(count: int) -> list[Request]:
+            return [self.request(batch, CALIBRATION_SEED) for batch in data.calibration(count, self.device)]
+
+        self.method.prepare(Preparation(self.anchor, data.real, requests))
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every network that a sample depends on."""
@@ -119,7 +138,7 @@ class SynthesisLitModule(L.LightningModule):
             self._warm_up(batch)
         self._wait()
         start = time.perf_counter()
-        image, notes = self.synthesize(batch)
+        image, notes = self.method.synthesize(self.request(batch))
         self._wait()
         seconds = (time.perf_counter() - start) / len(image)
         levels = quantize(image)

@@ -1,7 +1,7 @@
 """Ways to fill a synthetic set: one interface, a file each."""
 
 from methods.base import Base
-from methods.method import Method
+from methods.method import Method, Preparation, Request
 from methods.mined import Mined
 
-__all__ = ["Base", "Method", "Mined"]
+__all__ = ["Base", "Method", "Mined", "Preparation", "Request"]

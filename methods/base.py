@@ -1,12 +1,8 @@
 """Plain sampling: the yardstick of every other method."""
 
-from typing import Any
-
 from torch import Tensor
 
-from diffusion.noise import NoiseStream
-from diffusion.sampler import Sampler
-from methods.method import PROBE, Method
+from methods.method import PROBE, Method, Request
 
 
 class Base(Method):
@@ -14,8 +10,6 @@ class Base(Method):
 
     name = "base"
 
-    def synthesize(
-        self, sampler: Sampler, noise: NoiseStream, condition: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`."""
-        return sampler.sample(noise.draw(PROBE), condition), {}
+        return request.sampler.sample(request.noise.draw(PROBE), request.condition), {}

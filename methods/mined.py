@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
-from methods.method import FRESH, PROBE, Method
+from methods.method import FRESH, PROBE, Method, Request
 from networks.gaussian import ShiftedGaussian
 from networks.miner import Miner
 from networks.pretrained import load_pretrained
@@ -47,12 +47,10 @@ class Mined(Method):
         self.miner = miner if isinstance(miner, Miner) else load_pretrained(miner, Miner).freeze()
         self.noise: NoiseMode = noise
 
-    def synthesize(
-        self, sampler: Sampler, noise: NoiseStream, condition: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``kl`` in nats."""
-        x_T, shifted = shift_noise(self.miner, sampler, noise, condition, self.noise)
-        return sampler.sample(x_T, condition), {"kl": shifted.kl()}
+        x_T, shifted = shift_noise(self.miner, request.sampler, request.noise, request.condition, self.noise)
+        return request.sampler.sample(x_T, request.condition), {"kl": shifted.kl()}
 
     def fingerprints(self) -> dict[str, str]:
         """See :meth:`Method.fingerprints`."""

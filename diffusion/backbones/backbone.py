@@ -50,6 +50,10 @@ class Backbone(Pretrained, ABC):
         """Return ε_φ(x_t, t | y) float32 like ``x_t``; t int64 ``(B,)``; guidance is inside."""
 
     @abstractmethod
+    def encode(self, image: Tensor) -> Tensor:
+        """Return latents ``(B, *noise_shape)`` of images ``(B, C, H, W)`` in [−1, 1]."""
+
+    @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """Return images ``(B, C, H, W)`` for final latents; differentiable, not clipped."""
 

@@ -87,6 +87,10 @@ class SegDiff(Backbone):
         """Return ε_φ(x_t, t | y), float32 ``(B, C, H, W)``."""
         return self.unet(torch.cat([x_t, condition], dim=1), t, return_dict=False)[0].float()
 
+    def encode(self, image: Tensor) -> Tensor:
+        """Return the image itself."""
+        return image
+
     def decode(self, latent: Tensor) -> Tensor:
         """Return the latent itself: it is the image."""
         return latent

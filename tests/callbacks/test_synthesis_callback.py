@@ -177,11 +177,11 @@ class Interrupted(Base):
         super().__init__()
         self.calls = 0
 
-    def synthesize(self, sampler, noise, condition):
+    def synthesize(self, request):
         self.calls += 1
         if self.calls == 2:
             raise RuntimeError("power cut")
-        return super().synthesize(sampler, noise, condition)
+        return super().synthesize(request)
 
 
 def test_an_interrupted_run_leaves_no_folder(synthesize, tmp_path):

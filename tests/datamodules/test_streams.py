@@ -10,7 +10,7 @@ from PIL import Image
 
 from datamodules import ConditionDataModule, SegDataModule
 from datamodules.augment import Augmentation
-from datamodules.conditions import ConditionDataset, vary_mask
+from datamodules.conditions import ConditionDataset, vary
 from datamodules.sources import PhantomSource
 from datamodules.sources.synthetic import SyntheticSet
 from datamodules.streams import StreamDataset, item_generator, stream_sampler
@@ -148,33 +148,43 @@ def test_rotation_and_scaling_keep_image_and_mask_aligned():
 # ------------------------------------------------------------------------------------ conditions
 
 
-def test_vary_mask_keeps_its_classes():
-    mask, areas = Labelled()[3]["mask"], []
+def picture_of(mask):
+    """An image that shows the mask."""
+    return mask[None].float() - 1
+
+
+def test_vary_keeps_the_classes_and_the_image_aligned():
+    mask, areas, agreement = Labelled()[3]["mask"], [], []
     mask[31, 31] = 2
     for n in range(40):
-        varied = vary_mask(mask, item_generator(0, n), flip=True, scale=0.5)
+        varied, image = vary(mask, picture_of(mask), item_generator(0, n), flip=True, scale=0.5)
         assert varied.unique().tolist() == [0, 1, 2]
         assert varied.dtype == torch.int64
+        assert image.shape == (1, *mask.shape)
         areas.append((varied == 1).sum().item())
+        agreement.append(((image[0] + 1).round() == varied).float().mean().item())
     assert min(areas) < 0.8 * (mask == 1).sum()
     assert max(areas) > 1.3 * (mask == 1).sum()
+    assert min(agreement) > 0.9
 
 
-def test_vary_mask_without_variation():
+def test_vary_without_variation():
     mask = Labelled()[0]["mask"]
-    flipped = [vary_mask(mask, item_generator(0, n), flip=True, scale=0.0) for n in range(30)]
-    assert {torch.equal(m, mask) for m in flipped} == {True, False}
-    assert all(torch.equal(m, mask) or torch.equal(m, mask.flip(-1)) for m in flipped)
+    image = picture_of(mask)
+    flipped = [vary(mask, image, item_generator(0, n), flip=True, scale=0.0) for n in range(30)]
+    assert {torch.equal(m, mask) for m, _ in flipped} == {True, False}
+    assert all(torch.equal(m, mask) or torch.equal(m, mask.flip(-1)) for m, _ in flipped)
+    assert all(torch.allclose(i, picture_of(m), atol=1e-5) for m, i in flipped)
     for n in range(5):
-        assert torch.equal(vary_mask(mask, item_generator(0, n), flip=False, scale=0.0), mask)
+        assert torch.equal(vary(mask, image, item_generator(0, n), flip=False, scale=0.0)[0], mask)
 
 
-def test_vary_mask_that_loses_a_class_returns_the_mask():
+def test_vary_that_loses_a_class_returns_the_pair():
     mask = torch.zeros(32, 32, dtype=torch.long)
     mask[0, 0], mask[10:20, 10:20] = 2, 1
-    varied = [vary_mask(mask, item_generator(0, n), flip=False, scale=1.0) for n in range(30)]
-    assert all(m.unique().tolist() == [0, 1, 2] for m in varied)
-    assert any(torch.equal(m, mask) for m in varied)
+    varied = [vary(mask, picture_of(mask), item_generator(0, n), flip=False, scale=1.0) for n in range(30)]
+    assert all(m.unique().tolist() == [0, 1, 2] for m, _ in varied)
+    assert any(torch.equal(m, mask) and torch.equal(i, picture_of(mask)) for m, i in varied)
 
 
 def test_conditions_depend_on_their_index_alone():
