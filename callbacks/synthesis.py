@@ -93,6 +93,7 @@ class SynthesisCallback(BasePredictionWriter):
                 "value": values[i],
                 "kl": 0.0,
                 "seconds": prediction["seconds"],
+                "calls": prediction["calls"],
                 **{key: value[i] for key, value in notes.items()},
                 **files,
                 "weights": self.fingerprints,

@@ -43,13 +43,13 @@ class StreamDataset(Dataset[dict[str, Any]]):
         self.stream = stream
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Return item n: the sample's ``image`` and ``mask``, and ``index`` = n."""
+        """Return item n: the sample's tensors and numbers, and ``index`` = n."""
         turn, place = divmod(n, self.size)
         order = item_generator(self.seed, turn, 2 * self.stream + 1).permutation(self.size)
         sample = self.dataset[int(order[place])]
         if self.transform is not None:
             sample = self.transform(sample, item_generator(self.seed, n, 2 * self.stream))
-        return {"image": sample["image"], "mask": sample["mask"], "index": n}
+        return {key: value for key, value in sample.items() if key not in ("id", "mode")} | {"index": n}
 
 
 class StreamSampler(DistributedSampler[int]):

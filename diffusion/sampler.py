@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone
 from diffusion.schedule import add_noise, ddim_timesteps, predict_x0
+from networks.response import Response
 
 GradientMode = Literal["stop", "full"]
 
@@ -20,12 +21,17 @@ class Sampler:
         backbone: the diffusion model.
         steps: steps of the full schedule.
 
+    Attributes:
+        pairs: (t, t_prev) of every step, noisiest first.
+        calls: forward passes of the backbone so far, counted by sample.
+
     Raises:
         ValueError: the schedule has a zero terminal signal-to-noise ratio: √(1/ᾱ_T) would be infinite.
     """
 
     def __init__(self, backbone: Backbone, steps: int = 50) -> None:
         self.backbone = backbone
+        self.calls = 0
         self.pairs = ddim_timesteps(
             steps, len(backbone.alphas_cumprod), backbone.spacing, backbone.steps_offset
         )
@@ -40,9 +46,12 @@ class Sampler:
         """ᾱ at the first timestep of the schedule."""
         return float(self.backbone.alphas_cumprod[self.pairs[0][0]])
 
-    def epsilon(self, x_t: Tensor, t: int, condition: Any) -> Tensor:
-        """Return ε_φ(x_t, t | y), float32, at one t for the whole batch."""
-        times = torch.full((len(x_t),), t, device=x_t.device, dtype=torch.long)
+    def epsilon(self, x_t: Tensor, t: int | Tensor, condition: Any) -> Tensor:
+        """Return ε_φ(x_t, t | y), float32; t is one for the whole batch, or int64 ``(B,)``."""
+        self.calls += len(x_t)
+        times = (
+            t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device, dtype=torch.long)
+        )
         return self.backbone.epsilon(x_t, times, condition).float()
 
     def run(
@@ -75,6 +84,14 @@ class Sampler:
     def initial_score(self, x_T: Tensor, condition: Any) -> Tensor:
         """Return S = −ε_φ(x_T, T | y) / √(1 − ᾱ_T), like ``x_T``, at the schedule's first timestep."""
         return -self.epsilon(x_T, self.pairs[0][0], condition) / (1 - self.terminal_alpha) ** 0.5
+
+    def response(self, x_T: Tensor, condition: Any, kind: Response) -> Tensor:
+        """Return what a network reads of initial noise, like ``x_T``; an estimate is differentiable."""
+        if kind == "noise":
+            return x_T
+        if kind == "score":
+            return self.initial_score(x_T, condition)
+        return self.rollout(x_T, condition, 1, "full").clamp(-3, 3)
 
     @torch.no_grad()
     def sample(self, x_T: Tensor, condition: Any) -> Tensor:

@@ -2,7 +2,8 @@
 
 from lightning_modules.diffusion import DiffusionLitModule
 from lightning_modules.miner import MinerLitModule
+from lightning_modules.scorer import ScorerLitModule
 from lightning_modules.seg import SegLitModule
 from lightning_modules.synthesis import SynthesisLitModule
 
-__all__ = ["DiffusionLitModule", "MinerLitModule", "SegLitModule", "SynthesisLitModule"]
+__all__ = ["DiffusionLitModule", "MinerLitModule", "ScorerLitModule", "SegLitModule", "SynthesisLitModule"]

@@ -1,49 +1,75 @@
 """Train the miner against a frozen backbone and a frozen segmenter."""
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from datamodules.sources import Source
 from diffusion.sampler import GradientMode
 from errors import InputError
-from lightning_modules.checks import check_checkpoint
+from lightning_modules.checks import check_checkpoint, check_image_set
 from lightning_modules.synthesis import SynthesisLitModule
-from methods import Base, Mined
+from methods import Base, Mined, Request
 from methods.method import PROBE
-from methods.mined import NoiseMode, shift_noise
+from methods.mined import NoiseMode, draw, propose
+from networks.gaussian import ShiftedGaussian
 from networks.miner import Miner
 from networks.pretrained import load_pretrained
-from objectives.rewards import clipped
+from networks.scorer import Scorer
+from networks.segmenter import Segmenter
+from objectives.nativeness import next_log_beta, overlap, score_function
+from objectives.rewards import REWARDS, clipped
 
 _MINING_SEED = 2**32  # keeps the noise of mining apart from that of synthesis at any seed below
+
+MiningGradient = Literal["stop", "full", "score_function"]
 
 
 class MinerLitModule(SynthesisLitModule):
     """Ascends E[min(κ_up, ℓ_seg(f_ϑ(x̂), y))] − β · E[KL(N^r ‖ N(0, I))] in the miner alone.
 
-    The defaults are the paper's setting. ``predict`` synthesises with the trained miner, as
-    ``SynthesisLitModule`` does with any method.
+    The defaults are the paper's setting; every other option is a way to keep the miner native.
+    ``predict`` synthesises with the trained miner, as ``SynthesisLitModule`` does with any method.
 
     Args:
         backbone: folder of a trained diffusion backbone q_φ.
         anchor: folder of a trained segmenter f_ϑ.
-        miner: M_ξ; by default the authors' network for the backbone's noise.
+        miner: M_ξ; by default the authors' network for the backbone's noise. Its own options say what
+            it reads and whether the variance may move.
         weights: folder of a trained miner to start from.
         reward: ℓ_seg; the scale of κ_up depends on it.
         kappa_up: cap of the reward.
-        beta: weight β of the KL divergence, summed over dimensions, in reward per nat.
+        beta: weight β of the KL divergence, summed over dimensions, in reward per nat; with a budget
+            what β starts from.
+        kl_budget: nats of KL divergence to spend; a controller moves β so that this much is spent.
+        kl_rate: gain of that controller, a step.
+        keep_norm: rescale the shifted noise to the norm of its draw.
         truncate: calls of the backbone in a training rollout, of ``steps``.
-        gradient: ``stop`` (the paper's temporal stop-gradient) or ``full``.
+        gradient: ``stop`` (the paper's temporal stop-gradient), ``full`` (through the backbone), or
+            ``score_function`` (REINFORCE with an antithetic baseline; no gradient of anything frozen).
         noise: ``fresh`` (the paper's) or ``paired``.
+        reference: folder of a stronger segmenter; the reward is then the reducible ℓ_anchor − λ·ℓ_reference.
+        reducible: λ.
+        elites: 0, or N ≥ 2: learn the noise of the hardest of N plain draws a mask, by likelihood,
+            instead of climbing the reward.
+        scorer: folder of a seed scorer whose prediction is climbed in one call of the backbone, instead
+            of the segmenter's loss on a rollout. κ_up then caps the prediction, in the scorer's units.
+        others: folders of miners already trained; the shift is kept apart from theirs.
+        diversity: weight of that term, the mean squared cosine to the others' shifts.
         steps: DDIM steps of the full schedule.
         optimizer: builds the optimiser from the miner's parameters.
         seed: with the sample's index it decides the sample's noise.
 
     Raises:
-        InputError: a folder cannot be used, or two parts do not fit.
+        InputError: a folder cannot be used, two parts do not fit, or options contradict each other.
     """
+
+    frozen_parts = ("backbone", "anchor", "reference", "scorer", "others")
+    log_beta: Tensor
 
     def __init__(
         self,
@@ -54,9 +80,18 @@ class MinerLitModule(SynthesisLitModule):
         reward: str = "bounded_ce",
         kappa_up: float = 0.5,
         beta: float = 1e-3,
+        kl_budget: float | None = None,
+        kl_rate: float = 0.05,
+        keep_norm: bool = False,
         truncate: int = 10,
-        gradient: GradientMode = "stop",
+        gradient: MiningGradient = "stop",
         noise: NoiseMode = "fresh",
+        reference: str | None = None,
+        reducible: float = 1.0,
+        elites: int = 0,
+        scorer: str | None = None,
+        others: Sequence[str] = (),
+        diversity: float = 0.1,
         steps: int = 50,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=1e-2),
         seed: int = 0,
@@ -71,18 +106,38 @@ class MinerLitModule(SynthesisLitModule):
             )
         if not 1 <= truncate <= steps:
             raise InputError(f"model.truncate {truncate}: choose 1 to {steps} of the {steps} model.steps")
-        self.method = Mined(network, noise)
         if network.channels != channels:
             raise InputError(
                 f"model.miner: shifts noise of {network.channels} channels, that of {backbone} has "
                 f"{channels}; set its channels to match"
             )
+        if network.num_classes not in (0, self.backbone.num_classes):
+            raise InputError(
+                f"model.miner: reads masks of {network.num_classes} classes, {backbone} has "
+                f"{self.backbone.num_classes}; set its num_classes to match, or to 0 to read no mask"
+            )
+        if kl_budget is not None and kl_budget <= 0:
+            raise InputError(f"model.kl_budget {kl_budget}: must be a positive number of nats, or null")
+        if beta < 0 or (beta == 0 and kl_budget is not None):
+            raise InputError(f"model.beta {beta}: must be positive under a kl_budget, and never negative")
+        if elites == 1 or elites < 0:
+            raise InputError(f"model.elites {elites}: choose at least 2 draws to select from, or 0")
+        if elites and scorer:
+            raise InputError("model.elites and model.scorer: choose one of the two")
+        self.method = Mined(network, noise, keep_norm)
+        self.reference = _frozen(reference, Segmenter)  # type: ignore[type-abstract]
+        self.scorer = _frozen(scorer, Scorer)
+        self.others = torch.nn.ModuleList(load_pretrained(other, Miner).freeze() for other in others)
+        self.reducible = reducible
         self.kappa_up = kappa_up
-        self.beta = beta
+        self.kl_budget = kl_budget
+        self.kl_rate = kl_rate
+        self.elites = elites
+        self.diversity = diversity
         self.truncate = truncate
-        self.gradient: GradientMode = gradient
-        self.noise_mode: NoiseMode = noise
+        self.gradient: MiningGradient = gradient
         self.optimizer = optimizer
+        self.register_buffer("log_beta", torch.tensor(math.log(beta) if beta else -math.inf))
 
     @property
     def miner(self) -> Miner:
@@ -95,27 +150,79 @@ class MinerLitModule(SynthesisLitModule):
         """The network whose weights this stage hands on."""
         return self.miner
 
+    def check_data(self, source: Source) -> None:
+        """Raise unless all frozen networks fit the images."""
+        super().check_data(source)
+        if self.reference is not None:
+            check_image_set(source, self.reference, "model.reference")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this miner."""
         check_checkpoint(self.own_state(), checkpoint["state_dict"], "miner")
 
+    def _reward(self, image: Tensor, mask: Tensor) -> Tensor:
+        reward = self.reward(image, mask)
+        if self.reference is None:
+            return reward
+        return reward - self.reducible * REWARDS[self.reward_name](self.reference(image).float(), mask)
+
+    def _judge(self, x_T: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        """Return the reward of initial noises ``(B,)``, and the estimate that it was read from."""
+        if self.scorer is not None:
+            response = self.sampler.response(x_T, request.condition, self.scorer.inputs)
+            return self.scorer.predict(response, request.mask), None
+        gradient: GradientMode = "full" if self.gradient == "full" else "stop"
+        latent = self.sampler.rollout(x_T, request.condition, self.truncate, gradient)
+        image = self.backbone.decode(latent)
+        return self._reward(image.clamp(-1, 1), request.mask), image  # no gradient where it is saturated
+
+    def _elite(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Return the noise of the hardest of N plain draws of each mask, and its reward."""
+        with torch.no_grad():
+            draws = [request.proposal(2 + k) for k in range(self.elites)]  # 0 is the probe
+            rewards = torch.stack([self._judge(x_T, request)[0] for x_T in draws])
+        best = clipped(rewards, self.kappa_up).argmax(0)
+        rows = torch.arange(len(best), device=best.device)
+        return torch.stack(draws)[best, rows], rewards[best, rows]
+
+    def _gain(self, request: Request) -> tuple[Tensor, Tensor, Tensor, ShiftedGaussian, Tensor | None]:
+        """Return what is to be raised ``(B,)``, the reward, x_T^r, its distribution and the estimate."""
+        assert isinstance(self.method, Mined)
+        if self.elites:
+            shifted = propose(self.miner, request, request.noise.draw(PROBE))
+            elite, reward = self._elite(request)
+            return shifted.log_prob(elite) / elite[0].numel(), reward, elite, shifted, None
+        x_T, eps, shifted = self.method.shift(request)
+        if self.gradient != "score_function":
+            reward, image = self._judge(x_T, request)
+            return clipped(reward, self.kappa_up), reward, x_T, shifted, image
+        with torch.no_grad():
+            reward, image = self._judge(x_T, request)
+            mirrored, _ = self._judge(draw(shifted, -eps, self.method.keep_norm), request)
+        log_prob = shifted.log_prob(shifted.rsample(eps).detach())
+        gain = score_function(log_prob, clipped(reward, self.kappa_up), clipped(mirrored, self.kappa_up))
+        return gain, reward, x_T, shifted, image
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the negative objective, and log what tells native from artificial."""
-        noise = self.noise(batch, _MINING_SEED)
-        condition = self.backbone.condition(batch["mask"])
-        x_T, shifted = shift_noise(self.miner, self.sampler, noise, condition, self.noise_mode)
-        latent = self.sampler.rollout(x_T, condition, self.truncate, self.gradient)
-        image = self.backbone.decode(latent)
-        reward = self.reward(image.clamp(-1, 1), batch["mask"])  # no gradient where the image is saturated
+        request = self.request(batch, _MINING_SEED)
+        gain, reward, x_T, shifted, image = self._gain(request)
         kl = shifted.kl()
-        objective = clipped(reward, self.kappa_up).mean() - self.beta * kl.mean()
-        prior = noise.draw(PROBE).flatten(1).norm(dim=1)
+        penalty = self.log_beta.exp() * kl.mean()
+        if self.others:
+            probe = request.noise.draw(PROBE)
+            shifts = [propose(other, request, probe).mean for other in self.others]  # type: ignore[arg-type]
+            shared = overlap(shifted.mean, shifts).mean()
+            penalty = penalty + self.diversity * shared
+            self.log("miner/overlap", shared, batch_size=len(reward))
+        objective = gain.mean() - penalty
+        prior = request.noise.draw(PROBE).flatten(1).norm(dim=1)
         self.log_dict(
             {
                 "miner/objective": objective,
                 "miner/reward": reward.mean(),
                 "miner/kl": kl.mean(),
-                "miner/saturated": (image.abs() > 1).float().mean(),
+                "miner/beta": self.log_beta.exp(),
                 "miner/at_cap": (reward >= self.kappa_up).float().mean(),
                 "miner/noise_norm_ratio": (x_T.flatten(1).norm(dim=1) / prior).mean(),
                 "miner/mean_rms": shifted.mean.square().mean().sqrt(),
@@ -123,7 +230,12 @@ class MinerLitModule(SynthesisLitModule):
             },
             batch_size=len(reward),
         )
+        if image is not None:
+            self.log("miner/saturated", (image.abs() > 1).float().mean(), batch_size=len(reward))
         self.log("reward", reward.mean(), prog_bar=True, logger=False, batch_size=len(reward))
+        if self.kl_budget is not None:
+            spent = self.trainer.strategy.reduce(kl.detach().mean(), reduce_op="mean")
+            self.log_beta.copy_(next_log_beta(self.log_beta, spent, self.kl_budget, self.kl_rate))
         return -objective
 
     @torch.no_grad()
@@ -145,3 +257,7 @@ class MinerLitModule(SynthesisLitModule):
     def configure_optimizers(self) -> Any:
         """Build the optimiser of the miner's parameters."""
         return self.optimizer(list(self.miner.parameters()))
+
+
+def _frozen(folder: str | None, kind: Any) -> Any:
+    return None if folder is None else load_pretrained(folder, kind).freeze()

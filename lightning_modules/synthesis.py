@@ -46,7 +46,7 @@ class SynthesisLitModule(L.LightningModule):
     """
 
     strict_loading = False
-    frozen_parts = ("backbone", "anchor")
+    frozen_parts: tuple[str, ...] = ("backbone", "anchor")
 
     def __init__(
         self,
@@ -132,15 +132,17 @@ class SynthesisLitModule(L.LightningModule):
 
         Returns:
             ``image`` uint8 ``(B, C, H, W)``, ``mask`` int64 ``(B, H, W)``, ``index``, ``source_mask``,
-            ``value`` (the reward) ``(B,)``, ``notes`` of the method, and ``seconds`` an image.
+            ``value`` (the reward) ``(B,)``, ``notes`` of the method, and of an image the ``seconds`` and
+            the ``calls`` of the backbone, averaged over the batch.
         """
         if batch_idx == 0:
             self._warm_up(batch)
         self._wait()
-        start = time.perf_counter()
+        start, calls = time.perf_counter(), float(self.sampler.calls)
         image, notes = self.method.synthesize(self.request(batch))
         self._wait()
         seconds = (time.perf_counter() - start) / len(image)
+        calls = (self.sampler.calls - calls) / len(image)
         levels = quantize(image)
         value = self.reward(levels.float() / 127.5 - 1, batch["mask"])
         return {
@@ -151,6 +153,7 @@ class SynthesisLitModule(L.LightningModule):
             "value": value,
             "notes": notes,
             "seconds": seconds,
+            "calls": calls,
         }
 
     def _warm_up(self, batch: dict[str, Any]) -> None:

@@ -1,35 +1,30 @@
 """Native adversarial synthesis: the miner shifts the initial noise, DDIM stays as it is."""
 
-from typing import Any, Literal
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from diffusion.noise import NoiseStream
-from diffusion.sampler import Sampler
 from methods.method import FRESH, PROBE, Method, Request
 from networks.gaussian import ShiftedGaussian
 from networks.miner import Miner
 from networks.pretrained import load_pretrained
+from objectives.nativeness import preserve_norm
 
 NoiseMode = Literal["fresh", "paired"]
 
 
-def shift_noise(
-    miner: Miner, sampler: Sampler, noise: NoiseStream, condition: Any, mode: NoiseMode
-) -> tuple[Tensor, ShiftedGaussian]:
-    """Return x_T^r and its distribution: probe x̂_T → S → (Δμ, ΔΣ) → x_T^r.
+def propose(miner: Miner, request: Request, probe: Tensor) -> ShiftedGaussian:
+    """Return the distribution that the miner proposes for a probe x̂_T: response → (Δμ, ΔΣ)."""
+    with torch.no_grad():
+        response = request.sampler.response(probe, request.condition, miner.inputs)
+    return miner(response, request.mask)
 
-    Args:
-        miner: M_ξ.
-        sampler: DDIM through the frozen backbone; gives the initial score S.
-        noise: the samples' own noise.
-        condition: of the masks.
-        mode: ``fresh`` resamples with a new ε, as the paper does; ``paired`` uses the probe again.
-    """
-    probe = noise.draw(PROBE)
-    shifted = miner(sampler.initial_score(probe, condition))
-    eps = probe if mode == "paired" else noise.draw(FRESH)
-    return shifted.rsample(eps), shifted
+
+def draw(shifted: ShiftedGaussian, eps: Tensor, keep_norm: bool) -> Tensor:
+    """Return x_T^r = Δμ + √(1 + ΔΣ) ⊙ ε, on request rescaled to the norm of ε."""
+    x_T = shifted.rsample(eps)
+    return preserve_norm(x_T, eps) if keep_norm else x_T
 
 
 class Mined(Method):
@@ -37,19 +32,28 @@ class Mined(Method):
 
     Args:
         miner: folder of a trained miner, or the miner itself.
-        noise: ``fresh`` or ``paired``, as the miner was trained.
+        noise: ``fresh`` resamples with a new ε, as the paper does; ``paired`` uses the probe again.
+        keep_norm: rescale the shifted noise to the norm of its draw.
     """
 
     name = "miner"
 
-    def __init__(self, miner: str | Miner, noise: NoiseMode = "fresh") -> None:
+    def __init__(self, miner: str | Miner, noise: NoiseMode = "fresh", keep_norm: bool = False) -> None:
         super().__init__()
         self.miner = miner if isinstance(miner, Miner) else load_pretrained(miner, Miner).freeze()
         self.noise: NoiseMode = noise
+        self.keep_norm = keep_norm
+
+    def shift(self, request: Request) -> tuple[Tensor, Tensor, ShiftedGaussian]:
+        """Return x_T^r, the ε that it came from, and its distribution; differentiable in the miner."""
+        probe = request.noise.draw(PROBE)
+        shifted = propose(self.miner, request, probe)
+        eps = probe if self.noise == "paired" else request.noise.draw(FRESH)
+        return draw(shifted, eps, self.keep_norm), eps, shifted
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``kl`` in nats."""
-        x_T, shifted = shift_noise(self.miner, request.sampler, request.noise, request.condition, self.noise)
+        x_T, _, shifted = self.shift(request)
         return request.sampler.sample(x_T, request.condition), {"kl": shifted.kl()}
 
     def fingerprints(self) -> dict[str, str]:

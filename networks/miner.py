@@ -1,14 +1,17 @@
 """The Adversariality Miner: initial score in, shift of the initial noise out."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from errors import InputError
 from networks.gaussian import ShiftedGaussian
 from networks.pretrained import Pretrained
+from networks.response import Response
 
 # Width of the two heads by noise channels, as the authors publish it (Supplementary Table B.1); with
 # these the miner has 8,387,422 / 8,387,822 / 8,386,964 parameters at C = 4 / 3 / 1.
@@ -73,7 +76,11 @@ class Miner(Pretrained):
         pooled_levels: how many of the first levels end with an average pool.
         heads: attention heads at the bottleneck.
         head_width: hidden features of the two output heads; by default the authors' value for C.
-        variance_bound: ΔΣ lies in ±``variance_bound``, below 1 so that the variance stays positive.
+        variance_bound: ΔΣ lies in ±``variance_bound``, below 1 so that the variance stays positive; 0
+            keeps the variance at 1.
+        inputs: what the network reads of the probe noise: ``score`` as the paper does, ``estimate`` or
+            ``noise``.
+        num_classes: classes of the mask that is read beside it; 0 reads none, as the paper does.
     """
 
     @register_to_config
@@ -86,15 +93,23 @@ class Miner(Pretrained):
         heads: int = 4,
         head_width: int | None = None,
         variance_bound: float = 0.95,
+        inputs: Response = "score",
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= variance_bound < 1:
+            raise InputError(f"variance_bound {variance_bound}: must be at least 0 and below 1")
+        if inputs not in get_args(Response):
+            raise InputError(f"inputs {inputs!r}: choose one of {', '.join(get_args(Response))}")
         self.channels = channels
+        self.inputs: Response = inputs
+        self.num_classes = num_classes
         self.pooled_levels = pooled_levels
         self.variance_bound = variance_bound
         widths = [base_width * multiplier for multiplier in multipliers]
         self.encoder = nn.ModuleList(
             ResBlock(inputs, outputs)
-            for inputs, outputs in zip([channels, *widths[:-1]], widths, strict=True)
+            for inputs, outputs in zip([channels + num_classes, *widths[:-1]], widths, strict=True)
         )
         self.bottleneck = SelfAttention(widths[-1], heads)
         self.decoder = nn.ModuleList(
@@ -106,10 +121,20 @@ class Miner(Pretrained):
         self.mean_head = _head(widths[0], hidden, channels)
         self.variance_head = _head(widths[0], hidden, channels)
 
-    def forward(self, score: Tensor) -> ShiftedGaussian:
-        """Return N^r(Δμ, I + ΔΣ) for initial scores S ``(B, C, H, W)``, with ΔΣ = bound · tanh(raw)."""
+    def forward(self, response: Tensor, mask: Tensor | None = None) -> ShiftedGaussian:
+        """Return N^r(Δμ, I + ΔΣ), with ΔΣ = bound · tanh(raw).
+
+        Args:
+            response: the initial score S, or what else ``inputs`` names, ``(B, C, H, W)``.
+            mask: int64 ``(B, H', W')``; needed where ``num_classes`` is not 0.
+        """
         skips = []
-        hidden = score
+        hidden = response
+        if self.num_classes:
+            assert mask is not None
+            labels = F.one_hot(mask, self.num_classes).permute(0, 3, 1, 2).to(response.dtype)
+            labels = F.interpolate(labels, size=response.shape[2:], mode="nearest")
+            hidden = torch.cat([response, labels], dim=1)
         for level, block in enumerate(self.encoder):
             hidden = block(hidden)
             skips.append(hidden)

@@ -23,7 +23,7 @@ from errors import InputError
 
 Family = Literal["cardiac", "abdomen", "polyp"]
 Mixture = Literal["natural", "uniform"]
-Scanner = Literal["a", "b"]
+Scanner = Literal["a", "b", "any"]
 Array = NDArray[np.float32]
 
 # Name and probability of each appearance mode in the natural mixture.
@@ -57,6 +57,7 @@ MIN_SIZE = 32
 STRIPE_PERIOD = 0.25
 RIM_WIDTH = 0.08
 SPECKLE_NODES = 24
+OTHER_SCANNERS = 0.3  # share of images that scanner "any" takes from elsewhere than scanner a
 SPLIT_STRIDE = 10_000_000  # indices set aside for each split
 
 
@@ -106,7 +107,8 @@ def phantom(
         mode: appearance mode as an index into :data:`MODES`; None draws it from ``mixture``.
         mixture: ``natural`` draws modes with the probabilities of :data:`MODES`, ``uniform`` equally.
         scanner: ``a``, or ``b`` with another contrast curve, bias field, point spread, noise level
-            and, for RGB, colour cast.
+            and, for RGB, colour cast; ``any`` is many centres: mostly a, else a scanner with settings
+            of its own for every image.
 
     Returns:
         Image float32 ``(C, size, size)`` in [−1, 1], mask int64 ``(size, size)`` and the mode.
@@ -142,6 +144,8 @@ class PhantomSource(Source):
         n_val: samples in ``val``.
         n_test: samples in each of the three test sets.
         seed: non-negative seed of the set.
+        scanner: that of ``train``, ``val`` and the first two test sets. ``any`` makes the pool of many
+            centres that a generator with a broad prior is trained on.
 
     Raises:
         InputError: an argument is out of its range.
@@ -155,8 +159,9 @@ class PhantomSource(Source):
         n_val: int = 32,
         n_test: int = 200,
         seed: int = 0,
+        scanner: Scanner = "a",
     ) -> None:
-        _check(family, seed, 0, size, None, "natural", "a")
+        _check(family, seed, 0, size, None, "natural", scanner)
         for argument, count in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
             if count < 1:
                 raise InputError(f"{argument} is {count}; a phantom split needs at least 1 sample")
@@ -165,10 +170,10 @@ class PhantomSource(Source):
         self.channels = CHANNELS[family]
         self.size = (size, size)
         splits: dict[str, tuple[int, Mixture, Scanner]] = {
-            "train": (n_train, "natural", "a"),
-            "val": (n_val, "natural", "a"),
-            "test": (n_test, "natural", "a"),
-            "test_uniform": (n_test, "uniform", "a"),
+            "train": (n_train, "natural", scanner),
+            "val": (n_val, "natural", scanner),
+            "test": (n_test, "natural", scanner),
+            "test_uniform": (n_test, "uniform", scanner),
             "test_shift": (n_test, "uniform", "b"),
         }
         self.splits = tuple(splits)
@@ -551,17 +556,48 @@ def _point_spread(size: int, width: float) -> Array:
     return (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """A scanner: Gaussian blur, exponent of each channel's contrast curve, bias field, gain, noise."""
+
+    blur: float
+    power: tuple[float, ...]
+    bias: float
+    gain: float
+    noise: float
+
+
 def _scan(image: Array, scanner: Scanner, rng: Generator) -> Array:
     """What a scanner makes of an image ``(C, H, W)``; scanner a only adds noise."""
     channels, size, _ = image.shape
     angle = rng.uniform(0, 2 * np.pi)
     noise = rng.standard_normal(image.shape, np.float32)
-    if scanner == "a":
+    if scanner == "a" or (scanner == "any" and rng.random() >= OTHER_SCANNERS):
         return image + np.float32(0.05) * noise
-    blur = _point_spread(size, 0.03)
+    settings = _other(rng, channels) if scanner == "any" else _SCANNER_B[channels]
+    blur = _point_spread(size, settings.blur)
     light = blur @ (np.clip(image, -1, 1) + 1) @ blur.T / 2
-    power = np.array([0.7]) if channels == 1 else np.array([0.9, 0.75, 0.65])
-    light = np.clip(light, 0, 1) ** power.astype(np.float32)[:, None, None]
+    light = np.clip(light, 0, 1) ** np.array(settings.power, np.float32)[:, None, None]
     x, y = _grid(size)
-    bias = np.exp(np.float32(0.3) * (np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y))
-    return 0.92 * light * bias * 2 - 1 + np.float32(0.08) * noise
+    slope = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
+    bias = np.exp(np.float32(settings.bias) * slope)
+    return settings.gain * light * bias * 2 - 1 + np.float32(settings.noise) * noise
+
+
+_SCANNER_B = {
+    1: _Settings(blur=0.03, power=(0.7,), bias=0.3, gain=0.92, noise=0.08),
+    3: _Settings(blur=0.03, power=(0.9, 0.75, 0.65), bias=0.3, gain=0.92, noise=0.08),
+}
+
+
+def _other(rng: Generator, channels: int) -> _Settings:
+    """A scanner drawn at random; scanner b lies within the ranges, scanner a at their edge."""
+    common = np.log(1.6) * rng.uniform(-1, 0.4)
+    tint = rng.uniform(-0.2, 0.2, channels) * (channels > 1)
+    return _Settings(
+        blur=rng.uniform(0.01, 0.045),
+        power=tuple(np.exp(common + tint)),
+        bias=rng.uniform(0, 0.4),
+        gain=rng.uniform(0.85, 1.05),
+        noise=rng.uniform(0.03, 0.1),
+    )

@@ -16,6 +16,7 @@ from methods import Base, Mined
 from objectives import rewards
 
 KEYS = {
+    "calls",
     "index",
     "seed",
     "source_mask",
@@ -89,6 +90,7 @@ def test_what_is_written(synthesize, weights, source, name):
         assert set(entry) == KEYS
         assert (entry["method"], entry["seed"], entry["reward"]) == (name, 5, "bounded_ce")
         assert 0 <= entry["value"] <= 1
+        assert entry["calls"] == (3 if name == "base" else 4)
         assert (entry["kl"] > 0) == (name == "miner")
         assert entry["seconds"] > 0
     facts = json.loads((folder / "dataset.json").read_text())

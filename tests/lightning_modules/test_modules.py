@@ -87,8 +87,9 @@ def test_cutmix_probability():
 
 @pytest.fixture
 def batch(source):
-    masks = [source.dataset("train")[i]["mask"] for i in range(3)]
-    return {"mask": torch.stack(masks), "index": torch.tensor([0, 5, 9]), "source_mask": ["a", "b", "c"]}
+    samples = [source.dataset("train")[i] for i in range(3)]
+    pair = {key: torch.stack([sample[key] for sample in samples]) for key in ("image", "mask")}
+    return pair | {"index": torch.tensor([0, 5, 9]), "source_mask": ["a", "b", "c"]}
 
 
 @pytest.mark.parametrize("mode", ["fresh", "paired"])
@@ -149,7 +150,8 @@ def test_noise_of_mining_is_not_that_of_synthesis(weights, batch):
     module, shape = mining(weights), batch["mask"].shape[-2:]
     seen, draw = [], module.noise
     module.noise = lambda *args: seen.append(draw(*args)) or seen[-1]
-    items = {"mask": batch["mask"][:1].expand(12, *shape), "index": torch.arange(12)}
+    items = {"mask": batch["mask"][:1].expand(12, *shape), "image": batch["image"][:1].expand(12, -1, *shape)}
+    items["index"] = torch.arange(12)
     module.training_step(items, 0)
     mined = torch.cat([seen[0].draw(k).flatten(1) for k in (0, 1)])
     synthesis = torch.cat([draw(items).draw(k).flatten(1) for k in (0, 1)])
@@ -196,7 +198,7 @@ def test_checkpoints_hold_the_miner_alone_and_load_back(weights, source, tmp_pat
     trainer.fit(first, conditions(source))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
-    assert set(saved) == {f"method.miner.{name}" for name in first.miner.state_dict()}
+    assert set(saved) == {"log_beta", *(f"method.miner.{name}" for name in first.miner.state_dict())}
     again = make_trainer(tmp_path, max_steps=2)
     again.fit(second, conditions(source), ckpt_path=tmp_path / "half.ckpt")  # nothing is left to do
     assert again.global_step == 2

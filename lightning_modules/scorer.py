@@ -1,0 +1,202 @@
+"""Train the seed scorer: how hard will the finished sample be, from the backbone's first response?"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+
+from datamodules.scored import ScoredDataModule
+from datamodules.sources.source import Source
+from datamodules.streams import item_generator
+from diffusion.noise import NoiseStream
+from errors import InputError
+from lightning_modules.checks import check_checkpoint, check_image_set
+from lightning_modules.synthesis import SynthesisLitModule
+from methods.method import PROBE
+from methods.seed_scorer import SeedScorer
+from networks.pretrained import load_pretrained
+from networks.scorer import Scorer
+from networks.segmenter import Segmenter
+from objectives.rewards import REWARDS
+
+_FLIPS = 200  # stream of randomness, apart from those of the data
+
+
+class ScorerLitModule(SynthesisLitModule):
+    """Regresses the loss of plain samples on what one call of the backbone says about their noise.
+
+    The target is φ(ℓ_anchor) − λ·φ(ℓ_reference), of the finished images as they lie on disk.
+    ``predict`` fills a set with the trained scorer.
+
+    Args:
+        backbone: folder of the diffusion backbone q_φ that made the plain samples.
+        anchor: folder of the segmenter f_ϑ whose loss is predicted.
+        scorer: the network; by default one for the backbone's noise.
+        weights: folder of a trained scorer to start from.
+        reward: ℓ, the loss that is predicted.
+        transform: φ; ``log`` evens out the long tail of a loss, ``none`` takes it as it is.
+        reference: folder of a stronger segmenter; what it finds hard as well is not learnable.
+        reducible: λ, how much of the reference's loss is taken off.
+        flip: mirror response and mask at random while training.
+        n: proposals a mask when predicting.
+        steps: DDIM steps of the full schedule.
+        optimizer: builds the optimiser from the scorer's parameters.
+        seed: seed of the flips, and with the sample's index of the noise when predicting.
+
+    Raises:
+        InputError: a folder cannot be used, or two parts do not fit.
+    """
+
+    frozen_parts: tuple[str, ...] = ("backbone", "anchor", "reference")
+
+    def __init__(
+        self,
+        backbone: str,
+        anchor: str,
+        scorer: Scorer | None = None,
+        weights: str | None = None,
+        reward: str = "ce",
+        transform: Literal["log", "none"] = "log",
+        reference: str | None = None,
+        reducible: float = 1.0,
+        flip: bool = True,
+        n: int = 8,
+        steps: int = 50,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-3, weight_decay=1e-2),
+        seed: int = 0,
+    ) -> None:
+        # The method comes once the networks are there to build it from.
+        super().__init__(backbone, anchor, SeedScorer(Scorer()), reward, steps, seed)
+        channels = self.backbone.noise_shape((64, 64))[0]
+        network = (
+            load_pretrained(weights, Scorer).train()
+            if weights
+            else scorer or Scorer(channels, self.backbone.num_classes)
+        )
+        if (network.channels, network.num_classes) != (channels, self.backbone.num_classes):
+            raise InputError(
+                f"model.scorer: reads {network.channels} channels and {network.num_classes} classes, "
+                f"{backbone} has {channels} and {self.backbone.num_classes}; set them to match"
+            )
+        self.method = SeedScorer(network, n)
+        self.reference = (
+            load_pretrained(reference, Segmenter).freeze()  # type: ignore[type-abstract]
+            if reference
+            else None
+        )
+        self.transform = transform
+        self.reducible = reducible
+        self.flip = flip
+        self.optimizer = optimizer
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.validated: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def scorer(self) -> Scorer:
+        """The network that is trained."""
+        assert isinstance(self.method, SeedScorer)
+        return self.method.scorer
+
+    @property
+    def trained(self) -> Scorer:
+        """The network whose weights this stage hands on."""
+        return self.scorer
+
+    def check_data(self, source: Source) -> None:
+        """Raise unless all frozen networks fit the images."""
+        super().check_data(source)
+        if self.reference is not None:
+            check_image_set(source, self.reference, "model.reference")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise unless the checkpoint holds exactly this scorer."""
+        check_checkpoint(self.own_state(), checkpoint["state_dict"], "scorer")
+
+    def target(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Return φ(ℓ_anchor) − λ·φ(ℓ_reference) of images in [−1, 1] ``(B,)``."""
+
+        def phi(segmenter: Segmenter) -> Tensor:
+            value = REWARDS[self.reward_name](segmenter(image).float(), mask)
+            return (value + 1e-6).log() if self.transform == "log" else value
+
+        target = phi(self.anchor)
+        return target if self.reference is None else target - self.reducible * phi(self.reference)
+
+    @torch.no_grad()
+    def _know(self, batch: dict[str, Any]) -> None:
+        """Call the backbone and the segmenters once for every sample."""
+        mask = batch["mask"]
+        shape = self.backbone.noise_shape((mask.shape[-2], mask.shape[-1]))
+        seeds = batch["seed"].tolist()
+        streams = [
+            NoiseStream(seed, [i], shape) for seed, i in zip(seeds, batch["sample"].tolist(), strict=True)
+        ]
+        x_T = torch.cat([stream.draw(PROBE) for stream in streams]).to(self.device)
+        condition = self.backbone.condition(mask)
+        response = self.sampler.response(x_T, condition, self.scorer.inputs)
+        target = self.target(batch["image"], mask)
+        for i, r, t in zip(batch["sample"].tolist(), response.half().cpu(), target.cpu(), strict=True):
+            self.known[i] = (r, t)
+
+    def on_fit_start(self) -> None:
+        """Read the whole plain set once, and standardise the target over its training part."""
+        data: ScoredDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        for batch in data.everything(self.device):
+            self._know(batch)
+        if self.trainer.global_step == 0:
+            targets = torch.stack([self.known[i][1] for i in data.training_samples])
+            self.scorer.offset.copy_(targets.mean())
+            self.scorer.scale.copy_(targets.std().clamp(min=1e-6))
+
+    def _read(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        known = [self.known[i] for i in batch["sample"].tolist()]
+        response = torch.stack([r for r, _ in known]).float().to(self.device)
+        target = torch.stack([t for _, t in known]).to(self.device)
+        return response, (target - self.scorer.offset) / self.scorer.scale
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the Huber loss of every member, averaged."""
+        response, target = self._read(batch)
+        mask = batch["mask"]
+        if self.flip:
+            rng = item_generator(self.seed, int(batch["index"][0]), _FLIPS)
+            dims = [dim for dim in (-1, -2) if rng.random() < 0.5]
+            response, mask = response.flip(dims), mask.flip(dims)
+        predictions = self.scorer(response, mask)
+        loss = F.smooth_l1_loss(predictions, target.expand_as(predictions))
+        self.log("scorer/train_loss", loss, prog_bar=True, batch_size=len(target))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Keep predictions and targets of samples that training does not see."""
+        response, target = self._read(batch)
+        self.validated.append((self.scorer(response, batch["mask"]).mean(0), target))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log correlation, calibration, and what selecting by the prediction would bring."""
+        predicted, target = (torch.cat(values).float().cpu() for values in zip(*self.validated, strict=True))
+        self.validated.clear()
+        top = predicted.topk(max(1, len(predicted) // 8)).indices
+        slope = torch.cov(torch.stack([predicted, target]))[0, 1] / predicted.var().clamp(min=1e-12)
+        self.log_dict(
+            {
+                "scorer/val_pearson": pearson_corrcoef(predicted, target),
+                "scorer/val_spearman": spearman_corrcoef(predicted, target),
+                "scorer/val_slope": slope,  # 1 where a predicted difference is a true one
+                "scorer/val_top_eighth": target[top].mean(),  # in standard deviations of the target
+            },
+            prog_bar=False,
+        )
+
+    @torch.no_grad()
+    def preview(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return columns of a picture grid: the first response, and the finished sample."""
+        known = torch.stack([self.known[i][0] for i in batch["sample"].tolist()]).float()
+        return {"response": known[:, : batch["image"].shape[1]], "sample": batch["image"]}
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser of the scorer's parameters."""
+        return self.optimizer(list(self.scorer.parameters()))

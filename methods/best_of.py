@@ -1,0 +1,100 @@
+"""Best of N: the hardest of a few plain samples."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from methods.method import Method, Request
+from objectives.rewards import REWARDS
+
+
+def preference(reward: Tensor, cap: float | None) -> Tensor:
+    """Return what the chosen proposal has most of, like ``reward``, which is never negative.
+
+    Up to the cap the harder is preferred; all that is harder than the cap comes after all that is not,
+    the easier first.
+    """
+    return reward if cap is None else torch.where(reward <= cap, reward, -reward)
+
+
+class BestOfN(Method):
+    """Draw N noises a mask and keep the one that the anchor finds hardest; no gradient is used.
+
+    Every sample is an untouched draw of the diffusion model, so that the set stays on its manifold
+    whatever the anchor is: the yardstick of what a method that moves the noise must beat. Proposal 0 is
+    the draw of plain sampling. With ``by="sample"`` and no cap no sample is easier than that draw.
+    Keeping the best of N costs at most ln N nats from the prior.
+
+    Args:
+        n: proposals a mask.
+        by: judge proposals by the full ``sample``, N times the cost of plain sampling, or by the
+            ``estimate`` x̂_0 after ``truncate`` calls, after which only the chosen one is sampled.
+        truncate: calls of the backbone before an ``estimate``, of the full schedule.
+        reward: how the anchor's difficulty is measured.
+        cap: proposals with a higher reward are not eligible, unless all of a mask are, when the easiest
+            is taken; None has no cap.
+
+    Raises:
+        InputError: an argument is out of its range, or the reward is unknown.
+    """
+
+    def __init__(
+        self,
+        n: int = 4,
+        by: Literal["sample", "estimate"] = "sample",
+        truncate: int = 10,
+        reward: str = "bounded_ce",
+        cap: float | None = None,
+    ) -> None:
+        super().__init__()
+        if n < 1:
+            raise InputError(f"n {n}: must be at least 1 proposal a mask")
+        if by not in ("sample", "estimate"):
+            raise InputError(f"by {by!r}: is unknown; choose sample or estimate")
+        if truncate < 1:
+            raise InputError(f"truncate {truncate}: must be at least 1 call of the backbone")
+        if reward not in REWARDS:
+            raise InputError(f"reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
+        if cap is not None and cap < 0:
+            raise InputError(f"cap {cap}: must be at least 0, since no reward is negative; null has no cap")
+        self.name = f"best_of_{n}"
+        self.n = n
+        self.by = by
+        self.truncate = truncate
+        self.reward = reward
+        self.cap = cap
+
+    def _judged(self, request: Request, x_T: Tensor) -> Tensor:
+        """Return the images that a proposal is judged by."""
+        sampler = request.sampler
+        if self.by == "sample":
+            return sampler.sample(x_T, request.condition)
+        if self.truncate > len(sampler.pairs):
+            raise InputError(
+                f"truncate {self.truncate}: the schedule has only {len(sampler.pairs)} steps; "
+                "lower it or raise model.steps"
+            )
+        estimate = sampler.rollout(x_T, request.condition, self.truncate)
+        return sampler.backbone.decode(estimate).clamp(-1, 1)
+
+    def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`Method.synthesize`; notes ``proposal`` (which) and ``proposals_mean`` (reward)."""
+        noise = request.proposal(0)
+        image = self._judged(request, noise)
+        reward = request.reward(image, self.reward).detach()
+        best, total = preference(reward, self.cap), reward
+        proposal = torch.zeros_like(reward, dtype=torch.int64)
+        for number in range(1, self.n):
+            x_T = request.proposal(number)
+            other = self._judged(request, x_T)
+            reward = request.reward(other, self.reward).detach()
+            liked, total = preference(reward, self.cap), total + reward
+            better = liked > best
+            best, proposal = torch.where(better, liked, best), proposal.masked_fill(better, number)
+            chosen = better.view(-1, 1, 1, 1)
+            image, noise = torch.where(chosen, other, image), torch.where(chosen, x_T, noise)
+        if self.by == "estimate":
+            image = request.sampler.sample(noise, request.condition)
+        return image, {"proposal": proposal, "proposals_mean": total / self.n}

@@ -1,0 +1,80 @@
+"""Choose the seed instead of moving it: a learned scorer reads the backbone's first response."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+from methods.method import Method, Request
+from methods.mined import propose
+from networks.miner import Miner
+from networks.pretrained import load_pretrained
+from networks.scorer import Scorer
+
+
+class SeedScorer(Method):
+    """Draw N noises a mask, call the backbone once for each, sample the one expected to be hardest.
+
+    Every sample is an untouched draw from the prior, at most ln N − (N − 1)/N nats from it, and costs
+    N calls of the backbone beside those of the sampler. With a miner the proposals are shifted first.
+
+    Args:
+        scorer: folder of a trained scorer, or the scorer itself.
+        n: proposals N.
+        quantile: which proposal is taken, by its rank: 1 is the one expected to be hardest, 0.5 the
+            median one. Less than 1 stays away from the extreme tail.
+        miner: folder of a trained miner that shifts the proposals, each by its own score (seed-paired).
+
+    Raises:
+        InputError: a folder cannot be used, or an argument is out of its range.
+    """
+
+    name = "seed_scorer"
+
+    def __init__(
+        self, scorer: str | Scorer, n: int = 8, quantile: float = 1.0, miner: str | Miner | None = None
+    ) -> None:
+        super().__init__()
+        if n < 1:
+            raise InputError(f"n {n}: choose at least 1 proposal")
+        if not 0 <= quantile <= 1:
+            raise InputError(f"quantile {quantile}: must be between 0 and 1")
+        self.scorer = scorer if isinstance(scorer, Scorer) else load_pretrained(scorer, Scorer).freeze()
+        self.n = n
+        self.rank = round(quantile * (n - 1))
+        self.miner = load_pretrained(miner, Miner).freeze() if isinstance(miner, str) else miner
+
+    def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`Method.synthesize`; notes ``proposal``, ``predicted`` and a bound on ``kl`` in nats."""
+        sampler, condition = request.sampler, request.condition
+        proposals, predictions, divergences = [], [], []
+        for k in range(self.n):
+            x_T = request.proposal(k)
+            kl = x_T.new_zeros(len(x_T))
+            if self.miner is not None:
+                shifted = propose(self.miner, request, x_T)
+                x_T, kl = shifted.rsample(x_T), shifted.kl()
+            response = sampler.response(x_T, condition, self.scorer.inputs)
+            proposals.append(x_T)
+            divergences.append(kl)
+            predictions.append(self.scorer.predict(response, request.mask))
+        predicted = torch.stack(predictions)
+        chosen = predicted.argsort(dim=0, stable=True)[self.rank]
+        rows = torch.arange(len(chosen), device=chosen.device)
+        notes = {
+            "proposal": chosen,
+            "predicted": predicted[chosen, rows],
+            "kl": torch.stack(divergences)[chosen, rows] + best_of_n_kl(self.n),
+        }
+        return sampler.sample(torch.stack(proposals)[chosen, rows], condition), notes
+
+    def fingerprints(self) -> dict[str, str]:
+        """See :meth:`Method.fingerprints`."""
+        prints = {"scorer": self.scorer.fingerprint()}
+        return prints if self.miner is None else prints | {"miner": self.miner.fingerprint()}
+
+
+def best_of_n_kl(n: int) -> float:
+    """Return ln N − (N − 1)/N nats, the divergence of the best of N draws from one draw."""
+    return math.log(n) - (n - 1) / n

@@ -1,0 +1,6 @@
+"""What a network reads of initial noise: the backbone's first response to it, or the noise itself."""
+
+from typing import Literal
+
+Response = Literal["score", "estimate", "noise"]
+"""``score`` is S at T, ``estimate`` x̂_0 at T clipped to [−3, 3], ``noise`` x_T without a call."""

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from networks.gaussian import ShiftedGaussian
+from objectives.nativeness import next_log_beta, overlap, preserve_norm, score_function
+
+
+@pytest.mark.parametrize("start", [1e-4, 0.1, 30.0])
+@pytest.mark.parametrize("budget", [0.5, 4.0, 40.0])
+def test_controller_spends_the_budget(start, budget):
+    """Reward a·μ under β·½‖μ‖²: the best shift is a/β, so that β settles at ‖a‖/√(2·budget)."""
+    a = torch.tensor([3.0, 4.0])
+    mean, log_beta, spent = torch.zeros(2), torch.tensor(math.log(start)), []
+    for _ in range(1500):
+        beta = log_beta.exp()
+        mean = mean + 0.1 * (a - beta * mean) / (1 + beta)  # a miner that lags behind β
+        kl = 0.5 * mean.square().sum()
+        spent.append(kl.item())
+        log_beta = next_log_beta(log_beta, kl, budget, 0.05)
+    assert spent[-1] == pytest.approx(budget, rel=0.01)
+    assert log_beta.exp().item() == pytest.approx(5 / math.sqrt(2 * budget), rel=0.01)
+    late = torch.tensor(spent[-500:])
+    assert late.max() < 1.1 * budget  # it does not swing
+    assert late.min() > 0.9 * budget
+
+
+def test_controller_moves_by_its_rate_at_most():
+    log_beta = torch.tensor(-2.0)
+    assert next_log_beta(log_beta, torch.tensor(1e9), 4.0, 0.05).item() == pytest.approx(-1.95)
+    assert next_log_beta(log_beta, torch.tensor(0.0), 4.0, 0.05).item() == pytest.approx(-2.05)
+    assert next_log_beta(log_beta, torch.tensor(4.0), 4.0, 0.05).item() == pytest.approx(-2.0)
+
+
+def test_norm_is_that_of_the_reference_and_the_direction_its_own():
+    torch.manual_seed(0)
+    x, reference = 3 * torch.randn(4, 3, 8, 8) + 1, torch.randn(4, 3, 8, 8)
+    scaled = preserve_norm(x, reference)
+    assert torch.allclose(scaled.flatten(1).norm(dim=1), reference.flatten(1).norm(dim=1), rtol=1e-5)
+    cosine = torch.cosine_similarity(scaled.flatten(1), x.flatten(1))
+    assert torch.allclose(cosine, torch.ones(4), atol=1e-5)
+    assert torch.allclose(preserve_norm(reference, reference), reference, atol=1e-6)
+
+
+def test_log_prob_is_that_of_torch():
+    torch.manual_seed(0)
+    mean, variance, x = torch.randn(3, 2, 4, 4), 0.1 + torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    expected = Normal(mean, variance.sqrt()).log_prob(x).sum((1, 2, 3))
+    assert torch.allclose(ShiftedGaussian(mean, variance).log_prob(x), expected, rtol=1e-5)
+
+
+def test_score_function_estimates_the_gradient_of_the_expected_reward():
+    """E[(a·x)²] = (a·μ)² + ‖a‖² for x ~ N(μ, I) has the gradient 2 (a·μ) a; a linear reward's is a."""
+    torch.manual_seed(0)
+    a = torch.tensor([1.0, -2.0, 0.5]).reshape(1, 3, 1, 1)
+    mean = torch.tensor([0.3, 0.1, -0.4]).reshape(1, 3, 1, 1).requires_grad_()
+    for reward, expected in (
+        (lambda x: (a * x).sum((1, 2, 3)), a),
+        (lambda x: (a * x).sum((1, 2, 3)).square(), 2 * (a * mean).sum().detach() * a),
+    ):
+        eps = torch.randn(400_000, 3, 1, 1)
+        shifted = ShiftedGaussian(mean.expand(len(eps), -1, -1, -1), torch.ones_like(eps))
+        x, mirrored = shifted.rsample(eps).detach(), shifted.rsample(-eps).detach()
+        surrogate = score_function(shifted.log_prob(x), reward(x), reward(mirrored)).mean()
+        (gradient,) = torch.autograd.grad(surrogate, mean)
+        assert torch.allclose(gradient, expected, atol=0.03)
+
+
+def test_overlap_of_known_shifts():
+    mean = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).reshape(2, 1, 1, 2)
+    same, across = 5 * mean, torch.tensor([[0.0, 2.0], [-1.0, 1.0]]).reshape(2, 1, 1, 2)
+    assert torch.allclose(overlap(mean, [same]), torch.ones(2), atol=1e-6)
+    assert torch.allclose(overlap(mean, [-same]), torch.ones(2), atol=1e-6)
+    assert torch.allclose(overlap(mean, [across]), torch.zeros(2), atol=1e-6)
+    assert torch.allclose(overlap(mean, [same, across]), torch.full((2,), 0.5), atol=1e-6)
