@@ -1,11 +1,12 @@
-"""Measure a synthetic set: adversariality, FID, seconds an image.
+"""Measure a synthetic set: how hard, how native, how true to its masks, how diverse, how costly.
 
 ``python -m evaluation.synthetic --set DIR --config CONFIG.yaml --encoder WEIGHTS --output FILE.json``
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import jsonargparse
 import yaml
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import Dataset
 
 from datamodules.sources import Source
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
+from evaluation.distribution import diversity, features_of, kid, precision_recall, vendi
 from evaluation.fid import EncoderFeatures, fid, inception
+from evaluation.fidelity import adversariality, mask_fidelity
+from evaluation.modes import knows_modes, mode_histogram
 from files import write_atomically
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
@@ -44,39 +48,85 @@ def read_source(config: str | Path) -> Source:
     return parser.instantiate_classes(parser.parse_object({"source": settings})).source
 
 
-def _batches(dataset: Dataset) -> Iterator[Tensor]:
-    for batch in DataLoader(dataset, batch_size=64):
-        yield batch["image"]
-
-
-def measure(synthetic: SyntheticSet, real: Dataset, extractor: nn.Module) -> dict[str, Any]:
+def measure(
+    synthetic: SyntheticSet,
+    real: Dataset,
+    extractor: nn.Module,
+    judge: Segmenter | None = None,
+    anchor: Segmenter | None = None,
+    modes: Dataset | None = None,
+) -> dict[str, Any]:
     """Return the figures of a synthetic set.
 
     Args:
         synthetic: the set.
-        real: real images to take the Fréchet distance to.
+        real: real images to compare its distribution with.
         extractor: images in [−1, 1] to features, with a ``name``.
+        judge: an independent, well-trained segmenter, for ``mask_fidelity``.
+        anchor: the segmenter under which every reward is taken, for ``rewards``.
+        modes: real images whose mode is known, best of all modes alike; None takes ``real``.
 
     Returns:
-        ``adversariality`` (mean of the reward named by ``reward``, under the anchor), ``values`` of each
-        sample, ``fid``, ``fid_extractor``, ``seconds_per_image`` (synthesis alone), ``kl`` in nats, and
-        what made the set.
+        ``adversariality`` (mean of the reward named by ``reward``, under the anchor of the synthesis),
+        ``values`` of each sample, ``fid``, ``fid_extractor``, ``seconds_per_image`` (synthesis alone),
+        ``kl`` in nats, and what made the set. Over the features of ``fid_extractor``: ``kid``,
+        ``precision``, ``recall``, ``diversity`` and ``vendi`` (:mod:`evaluation.distribution`), None where
+        undefined. With a judge: ``mask_fidelity``, the mean DSC in percent, and ``judge``. With an anchor:
+        ``rewards``, the mean of each, and ``anchor``. Where the real images know their modes: ``modes``
+        with ``histogram``, ``recall`` and ``accuracy`` (:mod:`evaluation.modes`). ``samples`` holds
+        ``mask_fidelity``, ``rewards`` and ``mode`` of each sample.
     """
     made = json.loads((synthetic.folder / "dataset.json").read_text())
     values = [entry["value"] for entry in synthetic.entries]
-    return {
+    real_features, features = features_of(real, extractor), features_of(synthetic, extractor)
+    precision, recall = precision_recall(real_features, features)
+    figures: dict[str, Any] = {
         "method": made["method"],
         "backbone": made["backbone"],
         "seed": made["seed"],
         "n": len(synthetic),
         "adversariality": mean(values),
         "reward": made["reward"],
-        "fid": fid(_batches(real), _batches(synthetic), extractor),
+        "fid": fid([real_features], [features], nn.Identity()),
         "fid_extractor": extractor.name,
+        "kid": _defined(kid(real_features, features)),
+        "precision": _defined(precision),
+        "recall": _defined(recall),
+        "diversity": _defined(diversity(features)),
+        "vendi": _defined(vendi(features)),
         "seconds_per_image": mean(entry["seconds"] for entry in synthetic.entries),
         "kl": mean(entry["kl"] for entry in synthetic.entries),
         "values": values,
+        "samples": {},
     }
+    if judge is not None:
+        dsc = mask_fidelity(synthetic, judge)
+        figures |= {"judge": _name(judge), "mask_fidelity": _defined(float(dsc.nanmean()))}
+        figures["samples"]["mask_fidelity"] = [_defined(value) for value in dsc.tolist()]
+    if anchor is not None:
+        rewards = adversariality(synthetic, anchor)
+        figures |= {"anchor": _name(anchor), "rewards": {k: float(v.mean()) for k, v in rewards.items()}}
+        figures["samples"]["rewards"] = {name: value.tolist() for name, value in rewards.items()}
+    known = real if modes is None else modes
+    if knows_modes(known):
+        found = mode_histogram(known, synthetic)
+        names = [str(mode) for mode in found.modes]
+        figures["modes"] = {
+            "histogram": dict(zip(names, found.counts, strict=True)),
+            "accuracy": _defined(found.accuracy),
+            "recall": dict(zip(names, map(_defined, found.recall), strict=True)),
+        }
+        figures["samples"]["mode"] = found.predicted.tolist()
+    return figures
+
+
+def _defined(value: float) -> float | None:
+    """Return None, which JSON knows, for NaN."""
+    return None if math.isnan(value) else value
+
+
+def _name(segmenter: Segmenter) -> str:
+    return f"{type(segmenter).__name__} {segmenter.fingerprint()[:8]}"
 
 
 def write_examples(synthetic: SyntheticSet, real: Dataset, folder: Path) -> None:
@@ -90,25 +140,39 @@ def write_examples(synthetic: SyntheticSet, real: Dataset, folder: Path) -> None
             Image.fromarray(levels.squeeze()).save(folder / f"{sample['id']}.png")
 
 
+def _load(folder: str) -> Segmenter:
+    return load_pretrained(folder, Segmenter)  # type: ignore[type-abstract]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.synthetic", description=__doc__)
     parser.add_argument("--set", required=True, help="folder of the synthetic set")
     parser.add_argument("--config", required=True, help="config.yaml of a run on the real images")
-    parser.add_argument("--split", default="test", help="real split that FID compares with")
+    parser.add_argument("--split", default="test", help="real split that the set is compared with")
     parser.add_argument(
         "--encoder", required=True, help="weights folder of a segmenter that is not the anchor"
     )
+    parser.add_argument("--judge", help="weights folder of the segmenter for mask fidelity; the --encoder")
+    parser.add_argument("--anchor", help="weights folder of the segmenter for every reward; none if absent")
+    parser.add_argument("--mode-split", help="real split that shows the appearance modes; the --split")
     parser.add_argument("--inception", default=None, help="file of torch-fidelity's Inception weights")
     parser.add_argument("--examples", type=Path, help="folder for the real images that the masks came from")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    extractor = inception(options.inception)
-    if extractor is None:
-        extractor = EncoderFeatures(load_pretrained(options.encoder, Segmenter))  # type: ignore[type-abstract]
+    encoder = _load(options.encoder)
+    judge = encoder if options.judge is None else _load(options.judge)
+    anchor = None if options.anchor is None else _load(options.anchor)
     source = read_source(options.config)
     synthetic = SyntheticSet(options.set)
-    figures = measure(synthetic, source.dataset(options.split), extractor)
+    figures = measure(
+        synthetic,
+        source.dataset(options.split),
+        inception(options.inception) or EncoderFeatures(encoder),
+        judge,
+        anchor,
+        source.dataset(options.mode_split or options.split),
+    )
     if options.examples is not None:
         write_examples(synthetic, source.dataset("train"), options.examples)
     write_atomically(options.output, json.dumps(figures) + "\n")

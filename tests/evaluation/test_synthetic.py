@@ -12,7 +12,10 @@ from datamodules.sources import PhantomSource
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
 from evaluation import synthetic as module
+from evaluation.distribution import diversity, features_of, kid, precision_recall, vendi
 from evaluation.fid import EncoderFeatures, fid
+from evaluation.fidelity import adversariality, mask_fidelity
+from evaluation.modes import mode_histogram
 from evaluation.synthetic import main, measure, read_source, write_examples
 from networks.pretrained import save_pretrained
 
@@ -58,7 +61,18 @@ def test_measure_is_means_over_the_samples_and_the_distance(made, source):
     images = [torch.stack([s[i]["image"] for i in range(len(s))]) for s in (real, synthetic)]
     assert figures.pop("fid") == pytest.approx(fid([images[0]], [images[1]], extractor))
     assert figures.pop("adversariality") == pytest.approx(0.15)
+    samples, modes = figures.pop("samples"), figures.pop("modes")
+    assert samples == {"mode": mode_histogram(real, synthetic).predicted.tolist()}
+    assert sum(modes["histogram"].values()) == N
+    features = [features_of(dataset, extractor) for dataset in (real, synthetic)]
+    precision, recall = precision_recall(*features)
+    assert 0 <= precision <= 1
     assert figures == {
+        "kid": kid(*features),
+        "precision": precision,
+        "recall": recall,
+        "diversity": diversity(features[1]),
+        "vendi": vendi(features[1]),
         "method": "miner",
         "backbone": "SegDiff",
         "seed": 3,
@@ -69,6 +83,41 @@ def test_measure_is_means_over_the_samples_and_the_distance(made, source):
         "kl": 3.0,
         "values": [0.0, 0.1, 0.2, 0.3],
     }
+
+
+def test_judge_and_anchor_are_asked_where_they_are_given(made, source):
+    synthetic, real = SyntheticSet(made.set), source.dataset("test")
+    judge, anchor = make_segmenter(seed=1), make_segmenter(seed=2)
+    figures = measure(synthetic, real, EncoderFeatures(make_segmenter()), judge, anchor)
+    dsc, rewards = mask_fidelity(synthetic, judge), adversariality(synthetic, anchor)
+    assert figures["judge"] == f"NNUNet {judge.fingerprint()[:8]}"
+    assert figures["anchor"] == f"NNUNet {anchor.fingerprint()[:8]}"
+    assert figures["mask_fidelity"] == pytest.approx(float(dsc.mean()))
+    assert figures["samples"]["mask_fidelity"] == dsc.tolist()
+    assert figures["rewards"] == {name: pytest.approx(float(value.mean())) for name, value in rewards.items()}
+    assert figures["samples"]["rewards"] == {name: value.tolist() for name, value in rewards.items()}
+    assert figures["adversariality"] == pytest.approx(0.15)  # what the synthesis noted stays
+
+
+def test_modes_are_learnt_from_the_split_that_shows_them(made, source):
+    synthetic = SyntheticSet(made.set)
+    shown = PhantomSource(**PHANTOM | {"n_test": 60}).dataset("test_uniform")
+    extractor = EncoderFeatures(make_segmenter())
+    figures = measure(synthetic, source.dataset("test"), extractor, modes=shown)
+    assert list(figures["modes"]["histogram"]) == ["0", "1", "2", "3", "4"]
+    assert figures["modes"]["accuracy"] > 0.9
+    unlabelled = [{key: s[key] for key in ("image", "mask")} for s in (shown[i] for i in range(5))]
+    assert "modes" not in measure(synthetic, unlabelled, extractor)
+
+
+def test_what_a_small_set_leaves_undefined_is_null(made, source):
+    figures = measure(
+        SyntheticSet(made.set, count=1), source.dataset("test"), EncoderFeatures(make_segmenter())
+    )
+    figures.pop("fid")  # NaN
+    assert [figures[key] for key in ("kid", "precision", "recall", "diversity")] == [None] * 4
+    assert figures["vendi"] == pytest.approx(1)
+    assert "NaN" not in json.dumps(figures)
 
 
 def test_source_is_the_one_of_the_config(made):
@@ -118,10 +167,31 @@ def test_command_writes_the_figures_and_the_examples(made, tmp_path, monkeypatch
     figures = json.loads(output.read_text())
     segmenter = make_segmenter()
     real = read_source(made.config).dataset("val")
-    assert figures == measure(SyntheticSet(made.set), real, EncoderFeatures(segmenter))
+    assert figures == measure(SyntheticSet(made.set), real, EncoderFeatures(segmenter), segmenter)
     assert figures["fid_extractor"] == f"NNUNet encoder {segmenter.fingerprint()[:8]}"
     assert len(list(examples.iterdir())) == 2
     assert "miner seed 3: 4 samples, adversariality 0.1500 (bounded_ce)" in capsys.readouterr().out
+
+
+def test_command_takes_a_judge_an_anchor_and_a_split_of_modes(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "inception", lambda weights: None)
+    networks = {name: make_segmenter(seed=i).eval() for i, name in enumerate(("judge", "anchor"), 1)}
+    for name, network in networks.items():
+        save_pretrained(network, tmp_path / name, {})
+    arguments = {
+        "set": made.set,
+        "config": made.config,
+        "encoder": made.weights,
+        "judge": tmp_path / "judge",
+        "anchor": tmp_path / "anchor",
+        "mode-split": "test_uniform",
+        "output": tmp_path / "synthetic.json",
+    }
+    main([f"--{key}={value}" for key, value in arguments.items()])
+    source = read_source(made.config)
+    given = source.dataset("test"), EncoderFeatures(make_segmenter()), *networks.values()
+    expected = measure(SyntheticSet(made.set), *given, source.dataset("test_uniform"))
+    assert json.loads((tmp_path / "synthetic.json").read_text()) == expected
 
 
 def test_command_names_a_missing_set(made, tmp_path, monkeypatch):
