@@ -68,13 +68,14 @@ def measure(
 
     Returns:
         ``adversariality`` (mean of the reward named by ``reward``, under the anchor of the synthesis),
-        ``values`` of each sample, ``fid``, ``fid_extractor``, ``seconds_per_image`` (synthesis alone),
-        ``kl`` in nats, and what made the set. Over the features of ``fid_extractor``: ``kid``,
-        ``precision``, ``recall``, ``diversity`` and ``vendi`` (:mod:`evaluation.distribution`), None where
-        undefined. With a judge: ``mask_fidelity``, the mean DSC in percent, and ``judge``. With an anchor:
-        ``rewards``, the mean of each, and ``anchor``. Where the real images know their modes: ``modes``
-        with ``histogram``, ``recall`` and ``accuracy`` (:mod:`evaluation.modes`). ``samples`` holds
-        ``mask_fidelity``, ``rewards`` and ``mode`` of each sample.
+        ``values`` of each sample, ``fid``, ``fid_extractor``, ``seconds_per_image`` and
+        ``calls_per_image`` of the backbone (synthesis alone), ``kl`` in nats, and what made the set. Over
+        the features of ``fid_extractor``: ``kid``, ``precision``, ``recall``, ``diversity`` and ``vendi``
+        (:mod:`evaluation.distribution`), None where undefined. With a judge: ``mask_fidelity``, the mean
+        DSC in percent, and ``judge``. With an anchor: ``rewards``, the mean of each, and ``anchor``.
+        Where the real images know their modes: ``modes`` with ``histogram``, ``recall`` and ``accuracy``
+        (:mod:`evaluation.modes`). ``samples`` holds ``mask_fidelity``, ``rewards`` and ``mode`` of each
+        sample.
     """
     made = json.loads((synthetic.folder / "dataset.json").read_text())
     values = [entry["value"] for entry in synthetic.entries]
@@ -95,6 +96,7 @@ def measure(
         "diversity": _defined(diversity(features)),
         "vendi": _defined(vendi(features)),
         "seconds_per_image": mean(entry["seconds"] for entry in synthetic.entries),
+        "calls_per_image": mean(entry["calls"] for entry in synthetic.entries),
         "kl": mean(entry["kl"] for entry in synthetic.entries),
         "values": values,
         "samples": {},
@@ -149,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evaluation.synthetic", description=__doc__)
     parser.add_argument("--set", required=True, help="folder of the synthetic set")
     parser.add_argument("--config", required=True, help="config.yaml of a run on the real images")
+    parser.add_argument("--real-config", help="config.yaml with the real images to compare with; --config")
     parser.add_argument("--split", default="test", help="real split that the set is compared with")
     parser.add_argument(
         "--encoder", required=True, help="weights folder of a segmenter that is not the anchor"
@@ -164,14 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judge = encoder if options.judge is None else _load(options.judge)
     anchor = None if options.anchor is None else _load(options.anchor)
     source = read_source(options.config)
+    real = source if options.real_config is None else read_source(options.real_config)
     synthetic = SyntheticSet(options.set)
     figures = measure(
         synthetic,
-        source.dataset(options.split),
+        real.dataset(options.split),
         inception(options.inception) or EncoderFeatures(encoder),
         judge,
         anchor,
-        source.dataset(options.mode_split or options.split),
+        real.dataset(options.mode_split or options.split),
     )
     if options.examples is not None:
         write_examples(synthetic, source.dataset("train"), options.examples)

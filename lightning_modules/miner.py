@@ -21,7 +21,7 @@ from networks.miner import Miner
 from networks.pretrained import load_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
-from objectives.nativeness import next_log_beta, overlap, score_function
+from objectives.nativeness import controlled_beta, next_log_beta, overlap, score_function
 from objectives.rewards import REWARDS, clipped
 
 _MINING_SEED = 2**32  # keeps the noise of mining apart from that of synthesis at any seed below
@@ -46,7 +46,7 @@ class MinerLitModule(SynthesisLitModule):
         beta: weight β of the KL divergence, summed over dimensions, in reward per nat; with a budget
             what β starts from.
         kl_budget: nats of KL divergence to spend; a controller moves β so that this much is spent.
-        kl_rate: gain of that controller, a step.
+        kl_rate: gain of that controller's integral part, a step.
         keep_norm: rescale the shifted noise to the norm of its draw.
         truncate: calls of the backbone in a training rollout, of ``steps``.
         gradient: ``stop`` (the paper's temporal stop-gradient), ``full`` (through the backbone), or
@@ -81,7 +81,7 @@ class MinerLitModule(SynthesisLitModule):
         kappa_up: float = 0.5,
         beta: float = 1e-3,
         kl_budget: float | None = None,
-        kl_rate: float = 0.05,
+        kl_rate: float = 0.02,
         keep_norm: bool = False,
         truncate: int = 10,
         gradient: MiningGradient = "stop",
@@ -208,7 +208,12 @@ class MinerLitModule(SynthesisLitModule):
         request = self.request(batch, _MINING_SEED)
         gain, reward, x_T, shifted, image = self._gain(request)
         kl = shifted.kl()
-        penalty = self.log_beta.exp() * kl.mean()
+        beta = self.log_beta.exp()
+        if self.kl_budget is not None:
+            spent = self.trainer.strategy.reduce(kl.detach().mean(), reduce_op="mean")
+            beta = controlled_beta(self.log_beta, spent, self.kl_budget)
+            self.log_beta.copy_(next_log_beta(self.log_beta, spent, self.kl_budget, self.kl_rate))
+        penalty = beta * kl.mean()
         if self.others:
             probe = request.noise.draw(PROBE)
             shifts = [propose(other, request, probe).mean for other in self.others]  # type: ignore[arg-type]
@@ -222,7 +227,7 @@ class MinerLitModule(SynthesisLitModule):
                 "miner/objective": objective,
                 "miner/reward": reward.mean(),
                 "miner/kl": kl.mean(),
-                "miner/beta": self.log_beta.exp(),
+                "miner/beta": beta,
                 "miner/at_cap": (reward >= self.kappa_up).float().mean(),
                 "miner/noise_norm_ratio": (x_T.flatten(1).norm(dim=1) / prior).mean(),
                 "miner/mean_rms": shifted.mean.square().mean().sqrt(),
@@ -233,9 +238,6 @@ class MinerLitModule(SynthesisLitModule):
         if image is not None:
             self.log("miner/saturated", (image.abs() > 1).float().mean(), batch_size=len(reward))
         self.log("reward", reward.mean(), prog_bar=True, logger=False, batch_size=len(reward))
-        if self.kl_budget is not None:
-            spent = self.trainer.strategy.reduce(kl.detach().mean(), reduce_op="mean")
-            self.log_beta.copy_(next_log_beta(self.log_beta, spent, self.kl_budget, self.kl_rate))
         return -objective
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from networks.pretrained import load_pretrained, training_facts
 from networks.segmenter import Segmenter
 from objectives.segmentation import dice_ce
 
-_CUTMIX = 100  # stream of randomness, apart from those of the data module
+_CUTMIX, _COPY_PASTE = 100, 101  # streams of randomness, apart from those of the data module
 
 
 def paired_cutmix(
@@ -52,6 +52,30 @@ def paired_cutmix(
     return image, mask
 
 
+def copy_paste(
+    image: Tensor, mask: Tensor, rng: np.random.Generator, probability: float
+) -> tuple[Tensor, Tensor]:
+    """Paste the objects of another sample of the batch, mirrored at random (Ghiasi et al., CVPR 2021).
+
+    Args:
+        image: ``(B, C, H, W)``.
+        mask: ``(B, H, W)``; all that is not background is an object.
+        rng: source of the randomness.
+        probability: chance that a sample is pasted into.
+    """
+    count = len(image)
+    if count < 2 or probability == 0:
+        return image, mask
+    partner = (np.arange(count) + rng.integers(1, count, count)) % count
+    receives, mirrored = rng.random(count) < probability, rng.random(count) < 0.5
+    source_image, source_mask = image[partner], mask[partner]
+    turned = torch.from_numpy(mirrored).to(mask.device)
+    source_image = torch.where(turned[:, None, None, None], source_image.flip(-1), source_image)
+    source_mask = torch.where(turned[:, None, None], source_mask.flip(-1), source_mask)
+    pasted = (source_mask > 0) & torch.from_numpy(receives).to(mask.device)[:, None, None]
+    return torch.where(pasted[:, None], source_image, image), torch.where(pasted, source_mask, mask)
+
+
 class SegLitModule(L.LightningModule):
     """Minimises cross-entropy + Dice; each stream counts by its share of the batch.
 
@@ -60,9 +84,10 @@ class SegLitModule(L.LightningModule):
         weights: folder of a trained segmenter to start from (or to test); it must be of the same
             architecture. By default the network starts untrained.
         cutmix: chance of paired CutMix in a batch; applied to real-only batches as well.
+        copy_paste: chance that a sample has the objects of another one of the batch pasted into it.
         optimizer: builds the optimiser from the parameters that learn.
         power: exponent of the polynomial decay of the learning rate over the trainer's steps.
-        seed: seed of CutMix.
+        seed: seed of CutMix and copy-paste.
 
     Raises:
         InputError: ``weights`` cannot be read, or are of another architecture.
@@ -73,6 +98,7 @@ class SegLitModule(L.LightningModule):
         segmenter: Segmenter,
         weights: str | None = None,
         cutmix: float = 0.5,
+        copy_paste: float = 0.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
             params, lr=0.01, momentum=0.99, weight_decay=3e-5, nesterov=True
         ),
@@ -90,6 +116,7 @@ class SegLitModule(L.LightningModule):
                 )
         self.training_facts = training_facts(weights) if weights else {}
         self.cutmix = cutmix
+        self.copy_paste = copy_paste
         self.optimizer = optimizer
         self.power = power
         self.seed = seed
@@ -119,7 +146,9 @@ class SegLitModule(L.LightningModule):
         """Return the loss, averaged over the streams by their share of the batch."""
         streams = list(batch.values())
         image, mask = (torch.cat([stream[key] for stream in streams]) for key in ("image", "mask"))
-        rng = item_generator(self.seed, int(streams[0]["index"][0]), _CUTMIX)
+        first = int(streams[0]["index"][0])
+        image, mask = copy_paste(image, mask, item_generator(self.seed, first, _COPY_PASTE), self.copy_paste)
+        rng = item_generator(self.seed, first, _CUTMIX)
         image, mask = paired_cutmix(image, mask, rng, self.cutmix)
         output = self.segmenter(image)
         levels = [output] if isinstance(output, Tensor) else output

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from errors import InputError
 from methods.method import Method, Request
+from objectives.nativeness import best_of_n_kl
 from objectives.rewards import REWARDS
 
 
@@ -80,7 +81,7 @@ class BestOfN(Method):
         return sampler.backbone.decode(estimate).clamp(-1, 1)
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`Method.synthesize`; notes ``proposal`` (which) and ``proposals_mean`` (reward)."""
+        """See :meth:`Method.synthesize`; notes ``proposal``, ``proposals_mean`` (reward), ``kl``."""
         noise = request.proposal(0)
         image = self._judged(request, noise)
         reward = request.reward(image, self.reward).detach()
@@ -97,4 +98,5 @@ class BestOfN(Method):
             image, noise = torch.where(chosen, other, image), torch.where(chosen, x_T, noise)
         if self.by == "estimate":
             image = request.sampler.sample(noise, request.condition)
-        return image, {"proposal": proposal, "proposals_mean": total / self.n}
+        kl = torch.full_like(reward, best_of_n_kl(self.n))
+        return image, {"proposal": proposal, "proposals_mean": total / self.n, "kl": kl}

@@ -1,7 +1,5 @@
 """Choose the seed instead of moving it: a learned scorer reads the backbone's first response."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from methods.mined import propose
 from networks.miner import Miner
 from networks.pretrained import load_pretrained
 from networks.scorer import Scorer
+from objectives.nativeness import best_of_n_kl
 
 
 class SeedScorer(Method):
@@ -73,8 +72,3 @@ class SeedScorer(Method):
         """See :meth:`Method.fingerprints`."""
         prints = {"scorer": self.scorer.fingerprint()}
         return prints if self.miner is None else prints | {"miner": self.miner.fingerprint()}
-
-
-def best_of_n_kl(n: int) -> float:
-    """Return ln N − (N − 1)/N nats, the divergence of the best of N draws from one draw."""
-    return math.log(n) - (n - 1) / n

@@ -7,20 +7,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def next_log_beta(log_beta: Tensor, kl: Tensor, budget: float, rate: float) -> Tensor:
-    """Return ln β after a step of the controller that holds KL at a budget.
+def controlled_beta(log_beta: Tensor, kl: Tensor, budget: float) -> Tensor:
+    """Return β of a step under a KL budget: exp(ln β) · KL / budget, without a graph.
 
-    ln β moves by ``rate`` · ln(KL / budget), at most ``rate`` either way. For a miner at its optimum
-    KL ∝ β⁻ᵏ (k = 2 when the reward is linear in the shift), so that ln KL contracts to the budget by
-    1 − k·rate a step; a rate well below 1/k keeps it damped while the miner lags behind.
+    The proportional part of the controller: it answers at once when the miner leaves the budget behind,
+    long before the slow integral part, ln β, has moved.
 
     Args:
         log_beta: ln β, a scalar.
         kl: mean KL divergence of the batch in nats, a scalar.
         budget: nats to spend, positive.
-        rate: gain of the controller.
     """
-    return log_beta + rate * (kl.clamp(min=1e-12).log() - math.log(budget)).clamp(-1, 1)
+    return log_beta.exp() * kl.detach() / budget
+
+
+def next_log_beta(log_beta: Tensor, kl: Tensor, budget: float, rate: float) -> Tensor:
+    """Return ln β after a step of the controller that holds KL at a budget.
+
+    ln β moves by ``rate`` · ln(KL / budget), and at most by ``rate`` upwards and half of that downwards:
+    a miner that starts at the prior, and so at KL 0, is still to be braked when it gets going.
+
+    Args:
+        log_beta: ln β, a scalar.
+        kl: mean KL divergence of the batch in nats, a scalar.
+        budget: nats to spend, positive.
+        rate: gain of the integral part; well below 1, so that it lags behind the miner.
+    """
+    return log_beta + rate * (kl.clamp(min=1e-12).log() - math.log(budget)).clamp(-0.5, 1)
 
 
 def preserve_norm(x: Tensor, reference: Tensor) -> Tensor:
@@ -55,3 +68,8 @@ def overlap(mean: Tensor, others: list[Tensor]) -> Tensor:
     """
     cosines = [F.cosine_similarity(mean.flatten(1), other.flatten(1), dim=1) for other in others]
     return torch.stack(cosines).square().mean(0)
+
+
+def best_of_n_kl(n: int) -> float:
+    """Return ln N − (N − 1)/N nats, the divergence of the best of N draws from one draw."""
+    return math.log(n) - (n - 1) / n

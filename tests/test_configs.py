@@ -15,8 +15,8 @@ def shipped(kind):
     return sorted((CONFIGS / kind).glob("*.yaml"))
 
 
-KINDS = ("stages", "data", "segmenters", "backbones", "miners")
-STAGES, DATA, SEGMENTERS, BACKBONES, MINERS = (shipped(kind) for kind in KINDS)
+KINDS = ("stages", "data", "segmenters", "backbones", "miners", "methods")
+STAGES, DATA, SEGMENTERS, BACKBONES, MINERS, METHODS = (shipped(kind) for kind in KINDS)
 FOLDERS = ["--model.init_args.backbone=weights/b", "--model.init_args.anchor=weights/s"]
 
 
@@ -33,6 +33,8 @@ def partners(stage_file):
     model = yaml.safe_load(stage_file.read_text())["model"]["class_path"]
     if model == "DiffusionLitModule":
         return [BACKBONES[0]], []
+    if model == "ScorerLitModule":
+        return [], [*FOLDERS, "--data.init_args.plain=weights/p"]
     if model == "SegLitModule":
         return [SEGMENTERS[0]], []
     return [], FOLDERS
@@ -71,7 +73,7 @@ def assert_took(given, parsed, where=""):
 def test_every_kind_is_looked_at():
     """Experiments are read by the workflow, not by the command line."""
     assert {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"experiments"} == set(KINDS)
-    assert all([STAGES, DATA, SEGMENTERS, BACKBONES, MINERS])
+    assert all([STAGES, DATA, SEGMENTERS, BACKBONES, MINERS, METHODS])
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.stem)
@@ -99,6 +101,16 @@ def test_backbones(parse, backbone):
 def test_miners(parse, miner):
     config = parse("fit", [stage("miner"), DATA[0], miner], *FOLDERS)
     assert_took(yaml.safe_load(miner.read_text()), config)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda f: f.stem)
+def test_methods(parse, method):
+    given = yaml.safe_load(method.read_text())
+    name = given["model"]["init_args"]["method"]["class_path"]
+    network = {"Mined": "miner", "SeedScorer": "scorer"}.get(name)
+    flags = [f"--model.init_args.method.{network}=weights/n"] if network else []
+    config = parse("predict", [stage("synthesis"), DATA[0], method], *FOLDERS, *flags)
+    assert_took(given, config)
 
 
 @pytest.mark.parametrize("stage_file", STAGES, ids=lambda f: f.stem)

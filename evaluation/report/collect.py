@@ -23,18 +23,27 @@ SET_KEYS = (
 )
 """What ``synthetic.json`` must hold, beside the ``values`` of each sample, and ``report.json`` repeats."""
 
+MORE_SET_KEYS = (
+    *("kid", "precision", "recall", "diversity", "vendi", "mask_fidelity", "judge", "rewards", "modes"),
+    "calls_per_image",
+)
+"""What it may hold beside."""
+
 CURVE_POINTS = 150
 """Most points drawn of a training curve, spread evenly over it; first and last always."""
 
 
 def arm_name(method: str, budget: float) -> str:
     """Return what tables and figures call an arm."""
-    return REAL if method == REAL else f"{method} {budget:g}×"
+    return method if method == REAL or not budget else f"{method} {budget:g}×"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training of the segmenter: on real images, plus ``budget``·N synthetic ones of a method."""
+    """One training of the segmenter: on real images, plus ``budget``·N synthetic ones of a method.
+
+    Budget 0 is on real images alone; the method then says how.
+    """
 
     method: str
     budget: float
@@ -43,7 +52,7 @@ class Arm:
     @property
     def folder(self) -> str:
         """Folder of the arm inside the run."""
-        leaf = REAL if self.method == REAL else f"{self.method}/{self.budget:g}x"
+        leaf = f"{self.method}/{self.budget:g}x" if self.budget else self.method
         return f"seed{self.seed}/{leaf}"
 
 
@@ -100,15 +109,22 @@ class Run:
             InputError: a file of the run is missing, cannot be read, or lacks a key.
         """
         experiment = _read(folder, "experiment.yaml", yaml.safe_load, ("name", "backbone", "segmenter"))
-        for key, kind in (("methods", str), ("budgets", int | float), ("seeds", int)):
+        for key, kind in (("budgets", int | float), ("seeds", int)):
             values = experiment.get(key)
             if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
                 raise InputError(f"{folder / 'experiment.yaml'}: {key} must be a list; write {key}: [...]")
-        methods, budgets, seeds = experiment["methods"], experiment["budgets"], experiment["seeds"]
+        if experiment.get("highlight") not in (None, *(experiment.get("methods") or ())):
+            raise InputError(f"{folder / 'experiment.yaml'}: highlight must be one of the methods")
+        if not isinstance(experiment.get("methods"), dict) or not experiment["methods"]:
+            raise InputError(f"{folder / 'experiment.yaml'}: methods must name at least one; write methods:")
+        methods, budgets, seeds = list(experiment["methods"]), experiment["budgets"], experiment["seeds"]
         arms = [
             arm
             for seed in seeds
-            for arm in (Arm(REAL, 0, seed), *(Arm(m, b, seed) for m in methods for b in budgets))
+            for arm in (
+                *(Arm(name, 0, seed) for name in (REAL, *(experiment.get("real_arms") or ()))),
+                *(Arm(m, b, seed) for m in methods for b in budgets),
+            )
         ]
         return cls(
             folder,
@@ -116,6 +132,7 @@ class Run:
             [(arm, _read(folder, f"{arm.folder}/test.json", json.loads, TEST_KEYS)) for arm in arms],
             {
                 (m, s): _read(folder, f"seed{s}/{m}/synthetic.json", json.loads, (*SET_KEYS, "values"))
+                | {"method": m}
                 for s in seeds
                 for m in methods
             },
@@ -124,11 +141,18 @@ class Run:
     @property
     def methods(self) -> list[str]:
         """Names of the methods that made a synthetic set."""
-        return self.experiment["methods"]
+        return list(self.experiment["methods"])
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of all that is compared with ``real``: its variants, then the methods."""
+        return [*(self.experiment.get("real_arms") or ()), *self.methods]
 
     @property
     def mined(self) -> str:
-        """The method that the page puts first: the miner, or else the last one."""
+        """The method that the page puts first: the ``highlight``, the miner, or else the last one."""
+        if "highlight" in self.experiment:
+            return self.experiment["highlight"]
         return "miner" if "miner" in self.methods else self.methods[-1]
 
     @property
@@ -155,7 +179,7 @@ class Run:
             Row(
                 dataset=test["dataset"],
                 test_set=name,
-                backbone="none" if arm.method == REAL else self.experiment["backbone"],
+                backbone=self.experiment["backbone"] if arm.budget else "none",
                 segmenter=test["segmenter"],
                 method=arm.method,
                 budget=arm.budget,
@@ -172,10 +196,10 @@ class Run:
 
     def cap(self) -> float | None:
         """Return the cap κ of the reward that the miner was trained with; None without a miner."""
-        name = f"seed{self.experiment['seeds'][0]}/miner_training/tensorboard/config.yaml"
+        name = f"seed{self.experiment['seeds'][0]}/{self.mined}_training/tensorboard/config.yaml"
         if not (self.folder / name).is_file():
             return None
-        return _read(self.folder, name, yaml.safe_load, ("model",))["model"]["init_args"]["kappa_up"]
+        return _read(self.folder, name, yaml.safe_load, ("model",))["model"]["init_args"].get("kappa_up")
 
     def curves(self) -> list[Curve]:
         """Return every scalar that the trainings logged."""
@@ -183,9 +207,13 @@ class Run:
             ("Backbone", "backbone", "backbone", None),
             ("Reference segmenter", "reference", "reference", None),
         ]
-        places += [("Miner", f"seed{s}/miner_training", "miner", s) for s in self.experiment["seeds"]]
+        places += [
+            (f"Network of {m}", f"seed{s}/{m}_training", m, s)
+            for m in self.methods
+            for s in self.experiment["seeds"]
+        ]
         for arm, _ in self.tests:
-            budgets = self.experiment["budgets"] if arm.method == REAL else [arm.budget]
+            budgets = [arm.budget] if arm.budget else self.experiment["budgets"]
             places += [(f"Segmenter, budget {b:g}×", arm.folder, arm.method, arm.seed) for b in budgets]
         return [
             Curve(stage, tag, arm, seed, steps, values)

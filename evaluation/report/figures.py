@@ -19,8 +19,11 @@ from evaluation.report.statistics import spread, summarise
 
 INK, RULE = "#26323b", "#d5dbe0"
 COLOURS = {REAL: "#5b6770", "base": "#0072b2", "miner": "#d55e00", "backbone": INK, "reference": INK}
-MORE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe & Ito's palette, which colour-blind readers can tell apart."""
+MORE_COLOURS = (
+    *("#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#8c564b", "#7f7f00", "#5e3c99", "#17becf", "#a50f15", "#4d4d4d", "#b2df8a", "#fb9a99"),
+)
+"""Okabe & Ito's palette, which colour-blind readers can tell apart; then others for long comparisons."""
 
 SEED_DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 STYLE: dict[Any, Any] = {
@@ -71,7 +74,7 @@ def scores_figure(run: Run) -> str:
     for line, test_set in zip(axes, test_sets, strict=True):
         here = [r for r in rows if r.test_set == test_set]
         for ax, metric, label in zip(line, ("dsc", "asd"), ("DSC (%)", f"ASD ({run.asd_unit})"), strict=True):
-            _strip(ax, here, metric, run.methods)
+            _strip(ax, here, metric, run.arms)
             ax.set(title=f"{test_set}: {metric.upper()}", ylabel=label)
     return _svg(figure)
 
@@ -107,7 +110,7 @@ def budget_figure(run: Run) -> str | None:
         for method in (REAL, *run.methods):
             points = [s for s in summaries if (s.test_set, s.method) == (test_set, method)]
             points.sort(key=lambda s: s.budget)
-            shade = colour(method, run.methods)
+            shade = colour(method, run.arms)
             y, sd = [s.dsc.mean for s in points], np.nan_to_num([s.dsc.sd for s in points])
             if method == REAL:
                 ax.axhline(y[0], color=shade, lw=1.5, ls=(0, (4, 2)), label=method)
@@ -131,7 +134,7 @@ def histogram_figure(run: Run) -> str:
     for ax, seed in zip(panels, seeds, strict=False):
         for method in run.methods:
             found = values[method, seed]
-            shade, weights = colour(method, run.methods), np.full(len(found), 100 / max(1, len(found)))
+            shade, weights = colour(method, run.arms), np.full(len(found), 100 / max(1, len(found)))
             ax.hist(found, edges, weights=weights, color=shade, alpha=0.22, histtype="stepfilled")
             ax.hist(found, edges, weights=weights, color=shade, histtype="step", lw=1.6, label=method)
             if found:
@@ -172,7 +175,7 @@ def _stage_figure(curves: Sequence[Curve], run: Run) -> str:
             (handles[curve.arm, curve.seed],) = ax.plot(
                 curve.steps,
                 curve.values,
-                color=colour(curve.arm, run.methods),
+                color=colour(curve.arm, run.arms),
                 ls=SEED_DASHES[seeds.index(curve.seed) % len(SEED_DASHES)],
                 lw=1.1,
                 marker="o" if len(curve.steps) < 5 else "",
@@ -183,7 +186,7 @@ def _stage_figure(curves: Sequence[Curve], run: Run) -> str:
     for ax in panels[len(tags) :]:
         ax.set_axis_off()
     if len(handles) > 1:
-        order = [REAL, *run.methods, "miner"]
+        order = [REAL, *run.arms]
         keys = sorted(handles, key=lambda key: order.index(key[0]))
         names = [f"{arm}, seed {seed}" for arm, seed in keys]
         figure.legend(

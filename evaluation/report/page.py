@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from evaluation.report.collect import CURVE_POINTS, REAL, SET_KEYS, Run, arm_name, finite
+from evaluation.report.collect import CURVE_POINTS, MORE_SET_KEYS, REAL, SET_KEYS, Run, arm_name, finite
 from evaluation.report.examples import example_grid
 from evaluation.report.figures import budget_figure, colour, curve_figures, histogram_figure, scores_figure
 from evaluation.report.statistics import MIN_SEEDS, REFERENCES, paired_differences
@@ -46,7 +46,10 @@ def write(run: Run) -> Path:
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
         "rows": [asdict(row) for row in run.rows],
-        "synthetic_sets": [{key: finite(one[key]) for key in SET_KEYS} for one in run.sets.values()],
+        "synthetic_sets": [
+            {key: finite(one[key]) for key in (*SET_KEYS, *MORE_SET_KEYS) if key in one}
+            for one in run.sets.values()
+        ],
     }
     page = render(run, report)
     folder = run.folder / "report"
@@ -77,7 +80,7 @@ def render(run: Run, report: dict[str, Any]) -> str:
         grid=example_grid(run),
         curves=curve_figures(run),
         settings=_flat(run.experiment),
-        colours={method: colour(method, run.methods) for method in (REAL, *run.methods)},
+        colours={method: colour(method, run.arms) for method in (REAL, *run.arms)},
         min_seeds=MIN_SEEDS,
         curve_points=CURVE_POINTS,
     )
@@ -107,5 +110,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        shown = "" if value is None else value
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": shown}
     return flat

@@ -68,13 +68,14 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
 def paired_differences(rows: Sequence[Row], reference: str) -> list[Summary]:
     """Return method − reference per seed, over seeds, for every other method, test set and budget.
 
-    Both arms of a difference have the same seed and, unless the reference is ``real``, the same budget.
+    Both arms of a difference have the same seed and, unless the reference is ``real``, the same budget;
+    variants of ``real`` have none and are compared with ``real`` only.
     Seeds in which either is undefined do not count.
     """
     by_arm = {(r.test_set, r.method, r.budget, r.seed): r for r in rows}
     differences = []
     for row in rows:
-        if row.method not in (REAL, reference):
+        if row.method not in (REAL, reference) and (reference == REAL or row.budget):
             budget = 0 if reference == REAL else row.budget
             other = by_arm.get((row.test_set, reference, budget, row.seed))
             dsc, asd = (_minus(row.dsc, other.dsc), _minus(row.asd, other.asd)) if other else (None, None)

@@ -13,8 +13,16 @@ SET_LINES = {
     "kl": "KL to the prior (nats)",
     "fid": "FID to real images",
     "fid_extractor": "FID over",
+    "kid": "KID, same features",
+    "precision": "precision, same features",
+    "recall": "recall, same features",
+    "vendi": "Vendi score, same features",
+    "mask_fidelity": "mask fidelity, DSC (%)",
+    "judge": "mask fidelity by",
+    "calls_per_image": "backbone calls per image",
     "seconds_per_image": "seconds per image",
 }
+"""Lines of the table of synthetic sets; those that no set has are left out."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +130,8 @@ def synthetic_table(run: Run) -> Table:
     """
 
     def cell(method: str, key: str) -> str:
-        found = {seed: one[key] for (name, seed), one in run.sets.items() if name == method}
-        if key in ("n", "reward", "fid_extractor"):
+        found = {seed: one.get(key) for (name, seed), one in run.sets.items() if name == method}
+        if key in ("n", "reward", "fid_extractor", "judge"):
             return ", ".join(dict.fromkeys(map(str, found.values())))
         value = spread(found.values())
         text = mean_sd(value, _digits(value.mean))
@@ -132,7 +140,12 @@ def synthetic_table(run: Run) -> Table:
         ratio = spread(seconds / run.sets["base", seed][key] for seed, seconds in found.items())
         return f"{text} ({number(ratio.mean)}×)"
 
-    cells = [(head, *(cell(method, key) for method in run.methods)) for key, head in SET_LINES.items()]
+    known = {key for one in run.sets.values() for key in one}
+    cells = [
+        (head, *(cell(method, key) for method in run.methods))
+        for key, head in SET_LINES.items()
+        if key in known
+    ]
     return Table(("", *run.methods), cells, [])
 
 

@@ -18,7 +18,7 @@ from evaluation.report.examples import EXAMPLES, example_grid
 from evaluation.report.figures import budget_figure
 from evaluation.report.page import write
 from evaluation.report.statistics import paired_differences, spread, summarise
-from evaluation.report.tables import as_markdown, as_text, headline_table, mean_sd, number
+from evaluation.report.tables import as_markdown, as_text, headline_table, mean_sd, number, synthetic_table
 
 SEEDS = (0, 1, 2)
 DSC = {"real": (80.0, 82.0, 84.0), "base": (81.0, 83.0, 85.5), "miner": (83.0, 84.0, 88.0)}
@@ -95,7 +95,7 @@ def log_scalars(folder: Path, tag: str) -> None:
 def make_run(run: Path, seeds: tuple[int, ...] = SEEDS, budgets: tuple[float, ...] = (1,)) -> Path:
     settings = {"name": "tiny", "dataset": "phantom", "backbone": "segdiff", "segmenter": "unet"}
     settings |= {
-        "methods": ["base", "miner"],
+        "methods": {"base": None, "miner": {"stage": "miner"}},
         "budgets": list(budgets),
         "seeds": list(seeds),
         "mining": {"beta": 0.125},
@@ -204,6 +204,49 @@ def test_table_as_text_and_markdown(run):
     assert markdown[4].startswith("| test | miner 1× | 1,200 | 1,200 | 85.00 ± 2.65 |")
 
 
+def test_variants_of_real_stand_beside_it(run):
+    """They have no budget and no synthetic set, and are compared with ``real`` alone."""
+    settings = yaml.safe_load((run / "experiment.yaml").read_text())
+    put(
+        run / "experiment.yaml",
+        yaml.safe_dump(settings | {"real_arms": {"real_copy": {}}, "highlight": "base"}),
+    )
+    for seed in SEEDS:
+        put(run / f"seed{seed}/real_copy/test.json", scores(DSC["real"][seed] + 1, 0))
+    read = Run.read(run)
+    lines = [line for line in headline_table(read).cells if line[0] == "test"]
+    assert [line[1] for line in lines] == ["real", "real_copy", "base 1×", "miner 1×"]
+    copied = next(line for line in lines if line[1] == "real_copy")
+    assert copied[2:4] == ("1,200", "0")
+    assert copied[6:8] == ("+1.00 ± 0.00", "")
+    assert [r.backbone for r in read.rows if r.method == "real_copy"] == ["none"] * 6
+    assert read.mined == "base"
+    assert "real_copy" in write(read).read_text(encoding="utf-8")
+
+
+def test_more_figures_of_sets_are_shown_where_they_are_known(run):
+    for seed in SEEDS:
+        for method, calls in (("base", 50), ("miner", 51)):
+            more = {"mask_fidelity": 93.5, "calls_per_image": calls, "judge": "unet 0a1b", "kid": None}
+            put(run / f"seed{seed}/{method}/synthetic.json", synthetic(method, seed) | more)
+    read = Run.read(run)
+    table = {line[0]: line[1:] for line in synthetic_table(read).cells}
+    assert table["mask fidelity, DSC (%)"] == ("93.50 ± 0.00", "93.50 ± 0.00")
+    assert table["backbone calls per image"] == ("50.00 ± 0.00", "51.00 ± 0.00")
+    assert table["mask fidelity by"] == ("unet 0a1b", "unet 0a1b")
+    assert table["KID, same features"] == ("–", "–")
+    assert "Vendi score, same features" not in table
+    sets = json.loads((write(read).parent / "report.json").read_text())["synthetic_sets"]
+    assert {one["calls_per_image"] for one in sets} == {50, 51}
+
+
+def test_unknown_highlight(run):
+    settings = yaml.safe_load((run / "experiment.yaml").read_text())
+    put(run / "experiment.yaml", yaml.safe_dump(settings | {"highlight": "ours"}))
+    with pytest.raises(InputError, match="highlight"):
+        Run.read(run)
+
+
 def test_json_has_the_contracts_keys(run):
     page = write(Run.read(run))
     assert page == run / "report" / "report.html"
@@ -243,7 +286,7 @@ def test_page_shows_the_numbers_and_needs_no_network(run):
         "one slice &amp; its &lt;case&gt;",
         "≥ 20.0 % of the grey range",
         "Training curves: Backbone",
-        "Training curves: Miner",
+        "Training curves: Network of miner",
     ):
         assert shown in page, shown
     assert page.count('alt="miner"') == EXAMPLES
@@ -323,7 +366,7 @@ def test_missing_input_is_named_with_its_command(run, name):
         ("seed0/real/test.json", "[]", "has no dataset"),
         ("seed0/base/synthetic.json", '{"method": "base"}', "has no backbone, seed"),
         ("experiment.yaml", "a: [", "cannot be read"),
-        ("experiment.yaml", "{name: a, backbone: c, segmenter: d}", "methods must be a list"),
+        ("experiment.yaml", "{name: a, backbone: c, segmenter: d}", "budgets must be a list"),
     ],
 )
 def test_unusable_input_is_named(run, name, content, problem):

@@ -41,6 +41,7 @@ def made(tmp_path):
             "value": i / 10,
             "kl": 2.0 * i,
             "seconds": 0.5,
+            "calls": 50.0,
         }
         lines.append(json.dumps(entry | files) + "\n")
     (folder / "manifest.jsonl").write_text("".join(lines))
@@ -80,6 +81,7 @@ def test_measure_is_means_over_the_samples_and_the_distance(made, source):
         "reward": "bounded_ce",
         "fid_extractor": "reference",
         "seconds_per_image": 0.5,
+        "calls_per_image": 50.0,
         "kl": 3.0,
         "values": [0.0, 0.1, 0.2, 0.3],
     }

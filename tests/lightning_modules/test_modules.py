@@ -13,7 +13,7 @@ from datamodules import ConditionDataModule, SegDataModule
 from datamodules.sources import PhantomSource
 from errors import InputError
 from lightning_modules import DiffusionLitModule, MinerLitModule, SegLitModule, SynthesisLitModule
-from lightning_modules.seg import paired_cutmix
+from lightning_modules.seg import copy_paste, paired_cutmix
 from methods import Base
 from networks import Segmenter
 from networks.pretrained import load_pretrained, save_pretrained, training_facts
@@ -71,6 +71,49 @@ def test_cutmix_swaps_between_the_halves(size):
         shares.append(moved[0].float().mean().item())
     assert max(shares) > 0.8
     assert min(shares) < 0.2
+
+
+def test_copy_paste_pastes_whole_objects_with_their_labels():
+    image, _ = coded_batch(6)
+    mask = torch.zeros(6, 12, 12, dtype=torch.long)
+    for i in range(6):
+        mask[i, i : i + 4, 1 + i : 4 + i] = 1 + i % 2
+    seen = set()
+    for seed in range(30):
+        mixed, labels = copy_paste(image, mask, np.random.default_rng(seed), 0.5)
+        for i in range(6):
+            moved = mixed[i, 0] != image[i, 0]
+            if not moved.any():
+                assert torch.equal(labels[i], mask[i])
+                continue
+            owner = (mixed[i, 0][moved] // 144).long().unique()
+            assert len(owner) == 1  # one partner
+            j = owner.item()
+            assert j != i
+            options = {
+                name: (m, v)
+                for name, m, v in (
+                    ("as it is", mask[j], image[j, 0]),
+                    ("mirrored", mask[j].flip(-1), image[j, 0].flip(-1)),
+                )
+                if torch.equal(moved, m > 0)
+            }
+            assert len(options) >= 1  # the whole object and nothing else
+            seen.update(options)
+            m, v = next(iter(options.values()))
+            assert torch.equal(labels[i], torch.where(moved, m, mask[i]))
+            assert torch.equal(mixed[i, 0], torch.where(moved, v, image[i, 0]))
+    assert seen == {"as it is", "mirrored"}
+
+
+def test_copy_paste_probability():
+    image, _ = coded_batch(4)
+    mask = torch.ones(4, 12, 12, dtype=torch.long)
+    pasted = [copy_paste(image, mask, np.random.default_rng(s), 0.25)[0] for s in range(200)]
+    share = np.mean([(p != image).flatten(1).any(1).float().mean().item() for p in pasted])
+    assert share == pytest.approx(0.25, abs=0.05)
+    assert torch.equal(copy_paste(image, mask, np.random.default_rng(0), 0.0)[0], image)
+    assert torch.equal(copy_paste(image[:1], mask[:1], np.random.default_rng(0), 1.0)[0], image[:1])
 
 
 def test_cutmix_probability():

@@ -109,7 +109,7 @@ def test_refuses_other_sets(weights, source, plain, tmp_path):
         (other / file.name).symlink_to(file)
     (other / "dataset.json").unlink()
     (other / "dataset.json").write_text(json.dumps(made | {"method": "miner"}))
-    with pytest.raises(InputError, match="made by miner.*Base"):
+    with pytest.raises(InputError, match=r"made by miner.*Base"):
         ScoredDataModule(source, str(other)).setup("fit")
     with pytest.raises(InputError, match="holdout 1"):
         ScoredDataModule(source, str(plain), holdout=1)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -8,8 +9,8 @@ from conftest import make_miner
 from errors import InputError
 from methods import Base, SeedScorer
 from methods.best_of import BestOfN
-from methods.seed_scorer import best_of_n_kl
 from networks import Scorer
+from objectives.nativeness import best_of_n_kl
 from objectives.rewards import REWARDS
 
 
@@ -71,7 +72,7 @@ def test_a_random_scorer_is_base():
 def test_quantiles_go_from_the_easiest_to_the_hardest():
     request = make_request(range(6))
     values = [rewards(SeedScorer(Perfect(request), 5, q), request) for q in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert all((high >= low).all() for low, high in zip(values, values[1:], strict=False))
+    assert all((high >= low).all() for low, high in itertools.pairwise(values))
     assert (values[-1] > values[0]).all()
 
 

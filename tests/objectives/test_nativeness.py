@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal
 
 from networks.gaussian import ShiftedGaussian
-from objectives.nativeness import next_log_beta, overlap, preserve_norm, score_function
+from objectives.nativeness import controlled_beta, next_log_beta, overlap, preserve_norm, score_function
 
 
 @pytest.mark.parametrize("start", [1e-4, 0.1, 30.0])
@@ -14,24 +14,25 @@ def test_controller_spends_the_budget(start, budget):
     """Reward a·μ under β·½‖μ‖²: the best shift is a/β, so that β settles at ‖a‖/√(2·budget)."""
     a = torch.tensor([3.0, 4.0])
     mean, log_beta, spent = torch.zeros(2), torch.tensor(math.log(start)), []
-    for _ in range(1500):
-        beta = log_beta.exp()
-        mean = mean + 0.1 * (a - beta * mean) / (1 + beta)  # a miner that lags behind β
+    for _ in range(3000):
         kl = 0.5 * mean.square().sum()
+        beta = controlled_beta(log_beta, kl, budget)
+        log_beta = next_log_beta(log_beta, kl, budget, 0.02)
+        mean = mean + 0.05 * (a - beta * mean) / (1 + beta)  # a miner that lags behind β
         spent.append(kl.item())
-        log_beta = next_log_beta(log_beta, kl, budget, 0.05)
     assert spent[-1] == pytest.approx(budget, rel=0.01)
-    assert log_beta.exp().item() == pytest.approx(5 / math.sqrt(2 * budget), rel=0.01)
-    late = torch.tensor(spent[-500:])
-    assert late.max() < 1.1 * budget  # it does not swing
-    assert late.min() > 0.9 * budget
+    assert beta.item() == pytest.approx(5 / math.sqrt(2 * budget), rel=0.01)
+    late = torch.tensor(spent[-1000:])
+    assert late.max() < 1.02 * budget  # it does not swing
+    assert late.min() > 0.98 * budget
 
 
 def test_controller_moves_by_its_rate_at_most():
     log_beta = torch.tensor(-2.0)
-    assert next_log_beta(log_beta, torch.tensor(1e9), 4.0, 0.05).item() == pytest.approx(-1.95)
-    assert next_log_beta(log_beta, torch.tensor(0.0), 4.0, 0.05).item() == pytest.approx(-2.05)
-    assert next_log_beta(log_beta, torch.tensor(4.0), 4.0, 0.05).item() == pytest.approx(-2.0)
+    for kl, expected in ((1e9, -1.95), (0.0, -2.025), (4.0, -2.0), (4 * math.exp(0.2), -1.99)):
+        assert next_log_beta(log_beta, torch.tensor(kl), 4.0, 0.05).item() == pytest.approx(expected)
+        beta = controlled_beta(log_beta, torch.tensor(kl), 4.0).item()
+        assert beta == pytest.approx(math.exp(-2) * kl / 4, rel=1e-5)
 
 
 def test_norm_is_that_of_the_reference_and_the_direction_its_own():

@@ -48,6 +48,25 @@ def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
     assert jobs["report"] == jobs["backbone"] == jobs["reference"] == 1
 
 
+HALF = {
+    "network": "miner",
+    "arguments": {
+        "model.init_args.method": {
+            "class_path": "Mixture",
+            "init_args": {
+                "methods": [
+                    {"class_path": "Mined", "init_args": {"miner": "{network}"}},
+                    {"class_path": "Base"},
+                ],
+                "weights": [1, 1],
+            },
+        }
+    },
+    "configs": [],
+}
+"""A method that uses the network of another: half mined, half plain."""
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A whole experiment of a few steps a stage, and the file that describes it."""
@@ -62,12 +81,23 @@ def tiny(tmp_path_factory):
         "data.init_args.source.init_args.n_test": 8,
         "data.init_args.source.init_args.n_val": 8,
     }
+    settings["methods"] |= {"seed_scorer": {"stage": "scorer"}, "half": HALF}
+    data = "configs/data/phantom_polyp32.yaml"
+    settings["stages"] |= {
+        "plain": {
+            "configs": ["configs/stages/synthesis.yaml", data],
+            "arguments": {"data.init_args.budget": 6, "data.init_args.batch_size": 48},
+        },
+        "scorer": {"configs": ["configs/stages/scorer.yaml", data]},
+    }
     for name, stage in settings["stages"].items():
-        stage["arguments"] = stage.get("arguments", {}) | short
-        if name == "synthesis":
+        stage["arguments"] = (
+            short | stage.get("arguments", {}) if name == "plain" else stage.get("arguments", {}) | short
+        )
+        if name in ("synthesis", "plain"):
             for argument in ("trainer.max_steps", "data.init_args.steps_per_epoch"):
                 del stage["arguments"][argument]
-        if name in ("miner", "synthesis"):
+        if name in ("miner", "scorer", "synthesis", "plain"):
             stage["arguments"]["model.init_args.steps"] = 3
         if name == "miner":
             stage["arguments"]["model.init_args.truncate"] = 2
@@ -97,14 +127,14 @@ def test_a_changed_setting_runs_again_only_what_depends_on_it(tiny, tmp_path):
     configfile.write_text(yaml.safe_dump(changed))
     jobs = planned(snakemake(configfile, "--dry-run"))
     del jobs["all"]
-    expected = {"settings": 1, "miner": 1, "synthesis": 1, "measure": 1, "union": 1, "report": 1}
+    expected = {"settings": 1, "train_method": 1, "synthesis": 2, "measure": 2, "union": 2, "report": 1}
     assert jobs == expected
 
 
 def test_equal_length_for_all_arms(tiny):
     run, _, settings, _ = tiny
-    arms = [run / "seed3" / arm for arm in ("real", "base/0.5x", "miner/0.5x")]
+    arms = [run / "seed3" / arm for arm in ("real", *(f"{method}/0.5x" for method in settings["methods"]))]
     facts = [yaml.safe_load((arm / "weights" / "training.json").read_text()) for arm in arms]
     steps = settings["stages"]["segmenter"]["arguments"]["trainer.max_steps"]
-    assert [fact["steps"] for fact in facts] == [steps] * 3
-    assert [fact["n_synthetic"] for fact in facts] == [0, 4, 4]
+    assert [fact["steps"] for fact in facts] == [steps] * 5
+    assert [fact["n_synthetic"] for fact in facts] == [0, 4, 4, 4, 4]

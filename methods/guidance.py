@@ -1,0 +1,62 @@
+"""Adversarial guidance: the segmenter's gradient is added to the score at every step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.guided import estimated_image, require, require_reward
+from methods.method import PROBE, Method, Request, gradient_of
+
+
+class AdversarialGuidance(Method):
+    """Follow s_φ(x_t, t | y) + λ ∇_{x_t} ℓ(f_ϑ(x̂_0|t), y) in place of the score, by plain DDIM (AG).
+
+    The form is that of classifier guidance (Dhariwal & Nichol, "Diffusion Models Beat GANs on Image
+    Synthesis", NeurIPS 2021, algorithm 2): with s = −ε/√(1 − ᾱ_t) it reads
+    ε̂ = ε_φ − √(1 − ᾱ_t) · λ ∇_{x_t} ℓ. Their log p(y | x_t) becomes the segmenter's loss, which is to
+    rise, and their classifier of noisy images becomes the frozen segmenter on x̂_0|t. The gradient goes
+    through the decoder and the backbone, a step at a time, and vanishes where x̂_0|t is saturated.
+
+    Args:
+        scale: λ, to be swept; the default is ours, and 0 is plain sampling. ℓ is a mean over pixels, so
+            that its gradient shrinks as images grow: a λ holds for one image size and one reward.
+        reward: ℓ, of each sample by itself.
+
+    Raises:
+        InputError: an argument is out of its range, or gradients are switched off (inference mode).
+    """
+
+    name = "ag"
+
+    def __init__(self, scale: float = 10.0, reward: str = "ce") -> None:
+        super().__init__()
+        require(math.isfinite(scale), "scale", scale, "must be a finite number; 0 is plain sampling")
+        require_reward(reward)
+        self.scale = scale
+        self.reward = reward
+
+    @torch.no_grad()
+    def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`Method.synthesize`."""
+        sampler = request.sampler
+
+        def guided(x_t: Tensor, t: int, condition: Any) -> Tensor:
+            plain: list[Tensor] = []
+
+            def reward(x: Tensor) -> Tensor:
+                epsilon = sampler.epsilon(x, t, condition)
+                plain.append(epsilon.detach())
+                return request.reward(estimated_image(sampler, x, epsilon, t), self.reward)
+
+            _, gradient = gradient_of(reward, x_t)
+            return guided_epsilon(plain[0], gradient, sampler.backbone.alpha_bar(t), self.scale)
+
+        latent, _ = sampler.run(request.noise.draw(PROBE), request.condition, sampler.pairs, guided)
+        return sampler.backbone.decode(latent).clamp(-1, 1), {}
+
+
+def guided_epsilon(epsilon: Tensor, gradient: Tensor, alpha_bar: Tensor, scale: float) -> Tensor:
+    """Return ε̂ = ε − √(1 − ᾱ_t) · λ ∇ℓ, the score s + λ ∇ℓ written as ε."""
+    return epsilon - (1 - alpha_bar).sqrt() * scale * gradient
