@@ -23,6 +23,11 @@ def _save_png(array: np.ndarray, path: Path) -> None:
     os.replace(partial, path)
 
 
+def _defined(value: Any) -> Any:
+    """Return None for NaN, which JSON does not know."""
+    return None if value != value else value
+
+
 class SynthesisCallback(BasePredictionWriter):
     """Write what ``SynthesisLitModule`` or ``MinerLitModule`` predicts to a folder.
 
@@ -76,7 +81,7 @@ class SynthesisCallback(BasePredictionWriter):
         """Write the samples of a batch and their lines of the manifest."""
         images = prediction["image"].cpu().numpy()
         masks = prediction["mask"].cpu().numpy().astype(np.uint8)
-        notes = {key: value.tolist() for key, value in prediction["notes"].items()}
+        notes = {key: [_defined(v) for v in value.tolist()] for key, value in prediction["notes"].items()}
         values = prediction["value"].tolist()
         lines = []
         for i, index in enumerate(prediction["index"].tolist()):
@@ -98,7 +103,7 @@ class SynthesisCallback(BasePredictionWriter):
                 **files,
                 "weights": self.fingerprints,
             }
-            lines.append(json.dumps(entry))
+            lines.append(json.dumps(entry, allow_nan=False))
         with (self.partial / f"manifest.{trainer.global_rank}.jsonl").open("a") as manifest:
             manifest.write("\n".join(lines) + "\n")
 

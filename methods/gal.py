@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from errors import InputError
-from methods.hat import take
 from methods.method import Method, Preparation, Request
 from networks.segmenter import Segmenter
 from objectives.gradients import cosine, last_parameters, parameter_gradient
@@ -99,7 +98,7 @@ class GAL(Method):
             rows = (similarity < self.threshold).nonzero().flatten()
             if not len(rows):
                 break
-            part = take(request, rows)
+            part = request.take(rows)
             redraw = part.sampler.sample(part.proposal(number), part.condition)
             found = self._cosines(part, redraw)
             tries[rows] = number

@@ -1,67 +1,11 @@
 """A filter for any method: samples that are too hard are made again from other noise."""
 
-import dataclasses
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from diffusion.noise import NoiseStream
 from errors import InputError
 from methods.method import Method, Preparation, Request
 from objectives.rewards import REWARDS
-
-RESEED = 2**34
-"""Added to the seed for each further attempt: beyond every seed of synthesis and of calibration."""
-
-
-def take(request: Request, rows: Tensor) -> Request:
-    """Return the request for some of its samples.
-
-    Args:
-        request: for B samples.
-        rows: which of them, int64 ``(R,)``.
-
-    Raises:
-        ValueError: a tensor of the condition has neither the batch's length, nor length 1, nor length 0
-            dimensions, so that it is not known which part of it belongs to a sample.
-    """
-    batch = len(request.mask)
-
-    def part(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-            return leaf
-        if len(leaf) == batch:
-            return leaf[rows.to(leaf.device)]
-        if len(leaf) == 1:
-            return leaf
-        raise ValueError(
-            f"a tensor of the condition has shape {tuple(leaf.shape)}: its first dimension must be the "
-            f"batch ({batch}), or 1 for what all samples share"
-        )
-
-    noise = request.noise
-    indices = [noise.indices[row] for row in rows.tolist()]
-    return dataclasses.replace(
-        request,
-        noise=NoiseStream(noise.seed, indices, noise.shape, noise.device),
-        mask=request.mask[rows],
-        condition=tree_map(part, request.condition),
-        image=request.image[rows],
-    )
-
-
-def together(parts: list[Tensor], rows: list[Tensor]) -> Tensor:
-    """Return one tensor of parts that were made by themselves, row ``rows[i][j]`` being ``parts[i][j]``."""
-    return torch.cat(parts)[torch.argsort(torch.cat(rows))]
-
-
-def reseed(request: Request, attempt: int) -> Request:
-    """Return the same request with other noise in every stream; attempt 0 is the request itself."""
-    noise = request.noise
-    other = NoiseStream(noise.seed + RESEED * attempt, noise.indices, noise.shape, noise.device)
-    return dataclasses.replace(request, noise=other)
 
 
 class Hat(Method):
@@ -132,7 +76,7 @@ class Hat(Method):
             rows = (value > self.threshold).nonzero().flatten()
             if not len(rows):
                 break
-            part = reseed(take(request, rows), attempt)
+            part = request.take(rows).reseeded(attempt)
             retry, notes = self.method.synthesize(part)
             found = part.reward(retry, self.reward).detach()
             tries[rows] = attempt

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from diffusion.noise import NoiseStream
@@ -21,6 +22,8 @@ PROBE, FRESH = 0, 1
 OWN = 1_000_000
 """Streams from here on are a method's own, for whatever else it draws."""
 _PROPOSALS = 1_000
+_RESEED = 2**34
+"""Added to the seed for each further attempt: beyond every seed of synthesis and of calibration."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,43 @@ class Request:
     def reward(self, image: Tensor, name: str = "ce") -> Tensor:
         """Return how hard the anchor finds images in [−1, 1], ``(B,)``; differentiable in the images."""
         return REWARDS[name](self.anchor(image).float(), self.mask)
+
+    def take(self, rows: Tensor) -> "Request":
+        """Return the request for some of its samples.
+
+        Args:
+            rows: which of them, int64 ``(R,)``.
+
+        Raises:
+            ValueError: a tensor of the condition has neither the batch's length, nor length 1, nor length
+                0 dimensions, so that it is not known which part of it belongs to a sample.
+        """
+        batch = len(self.mask)
+
+        def part(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) == 1 != batch:
+                return leaf
+            if len(leaf) == batch:
+                return leaf[rows.to(leaf.device)]
+            raise ValueError(
+                f"a tensor of the condition has shape {tuple(leaf.shape)}: its first dimension must be the "
+                f"batch ({batch}), or 1 for what all samples share"
+            )
+
+        indices = [self.noise.indices[row] for row in rows.tolist()]
+        return replace(
+            self,
+            noise=NoiseStream(self.noise.seed, indices, self.noise.shape, self.noise.device),
+            mask=self.mask[rows],
+            condition=tree_map(part, self.condition),
+            image=self.image[rows],
+        )
+
+    def reseeded(self, attempt: int) -> "Request":
+        """Return the same request with other noise in every stream; attempt 0 is the request itself."""
+        noise = self.noise
+        other = NoiseStream(noise.seed + _RESEED * attempt, noise.indices, noise.shape, noise.device)
+        return replace(self, noise=other)
 
 
 @dataclass(frozen=True)
@@ -89,6 +129,11 @@ class Method(nn.Module, ABC):
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each network that the method brings along."""
         return {}
+
+
+def together(parts: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """Return one tensor of parts that were made by themselves, row ``rows[i][j]`` being ``parts[i][j]``."""
+    return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
 
 def gradient_of(value: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

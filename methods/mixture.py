@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
-from methods.hat import take, together
-from methods.method import OWN, Method, Preparation, Request
+from methods.method import OWN, Method, Preparation, Request, together
 
 COMPONENT = 12 * OWN
 """Stream of the choice of the method, beyond those of every component."""
@@ -66,7 +65,8 @@ class Mixture(Method):
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``component`` and the components' notes.
 
-        Where the component of a sample does not note what another does, NaN stands; for ``kl`` it is 0.
+        Where the component of a sample does not note what another does, NaN stands (null in a manifest);
+        for ``kl`` it is 0.
         """
         drawn = request.noise.scalars(
             lambda rng: rng.choice(len(self.weights), p=np.array(self.weights)), COMPONENT
@@ -75,7 +75,7 @@ class Mixture(Method):
         images, noted, groups = [], [], []
         for number in component.unique().tolist():
             rows = (component == number).nonzero().flatten()
-            image, notes = self._component(number).synthesize(take(request, rows))
+            image, notes = self._component(number).synthesize(request.take(rows))
             images.append(image)
             noted.append(notes)
             groups.append(rows)

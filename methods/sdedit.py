@@ -6,8 +6,7 @@ from torch import Tensor
 
 from diffusion.schedule import add_noise
 from errors import InputError
-from methods.hat import take, together
-from methods.method import OWN, PROBE, Method, Request
+from methods.method import OWN, PROBE, Method, Request, together
 
 STRENGTH, MIXUP = OWN + 3_000, OWN + 3_001
 """Streams of the choice of strength and of the mixing weight."""
@@ -61,7 +60,7 @@ class SDEdit(Method):
         """See :meth:`Method.synthesize`; notes ``strength`` and, where it mixes, ``mixup`` = λ."""
         choice = request.noise.integers(len(self.strengths), STRENGTH)
         groups = {number: (choice == number).nonzero().flatten() for number in choice.unique().tolist()}
-        made = [self._edit(take(request, rows), self.strengths[number]) for number, rows in groups.items()]
+        made = [self._edit(request.take(rows), self.strengths[number]) for number, rows in groups.items()]
         image = together(made, list(groups.values()))
         notes = {"strength": image.new_tensor(self.strengths)[choice]}
         if self.mixup:
