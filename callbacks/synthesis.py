@@ -39,13 +39,17 @@ class SynthesisCallback(BasePredictionWriter):
     Args:
         folder: where the set goes, relative to ``trainer.default_root_dir``. A set that
             is already there is replaced; anything else is refused.
+        noise: also write the initial noise of each sample, ``noise/<index>.npy`` (float32, without the
+            batch), where the method starts from one: ``latents`` for any other pipeline, and what
+            ``evaluation.synthetic`` compares with N(0, I).
 
     Raises:
         InputError: ``folder`` exists and is no synthetic set.
     """
 
-    def __init__(self, folder: str = "synthetic") -> None:
+    def __init__(self, folder: str = "synthetic", noise: bool = False) -> None:
         super().__init__(write_interval="batch")
+        self.noise = noise
         self.argument = folder
 
     def check_folder(self, trainer: L.Trainer) -> Path:
@@ -64,7 +68,7 @@ class SynthesisCallback(BasePredictionWriter):
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         if trainer.is_global_zero:
             shutil.rmtree(self.partial, ignore_errors=True)
-            for name in ("images", "masks"):
+            for name in ("images", "masks", *(["noise"] if self.noise else [])):
                 (self.partial / name).mkdir(parents=True)
         trainer.strategy.barrier()
 
@@ -81,6 +85,7 @@ class SynthesisCallback(BasePredictionWriter):
         """Write the samples of a batch and their lines of the manifest."""
         images = prediction["image"].cpu().numpy()
         masks = prediction["mask"].cpu().numpy().astype(np.uint8)
+        noise = prediction["noise"].cpu().numpy() if self.noise and prediction["noise"] is not None else None
         notes = {key: [_defined(v) for v in value.tolist()] for key, value in prediction["notes"].items()}
         values = prediction["value"].tolist()
         lines = []
@@ -89,6 +94,8 @@ class SynthesisCallback(BasePredictionWriter):
             image = images[i, 0] if images.shape[1] == 1 else images[i].transpose(1, 2, 0)
             _save_png(image, self.partial / files["image"])
             _save_png(masks[i], self.partial / files["mask"])
+            if noise is not None and np.isfinite(noise[i]).all():
+                np.save(self.partial / "noise" / f"{index:06d}.npy", noise[i])
             entry = {
                 "index": index,
                 "seed": pl_module.seed,

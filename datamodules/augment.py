@@ -3,6 +3,7 @@
 from typing import Literal
 
 import numpy as np
+from monai.data import set_track_meta
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -18,6 +19,10 @@ from monai.utils import convert_to_tensor
 from datamodules.sources import Sample
 
 Level = Literal["none", "flip", "full"]
+
+set_track_meta(
+    False
+)  # nothing here reads MONAI's metadata, and carrying it takes as long as the augmentation
 
 
 def _transforms(level: Level) -> list[Transform]:

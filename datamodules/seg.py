@@ -4,13 +4,18 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
 from datamodules.augment import Augmentation, Level
 from datamodules.sources import Source
 from datamodules.sources.synthetic import SyntheticSet
 from datamodules.streams import StreamDataset, stream_sampler
 from errors import InputError
+
+
+def _share(total: int, parts: int, place: int) -> int:
+    """Return how many of ``total`` fall to a part; the first parts get what is left over."""
+    return total // parts + (place < total % parts)
 
 
 class _Numbered(Dataset[dict[str, Any]]):
@@ -36,8 +41,9 @@ class SegDataModule(L.LightningDataModule):
 
     Args:
         source: where the real images come from.
-        synthetic: folder of a synthesised set; None trains on real images alone.
-        budget: synthetic samples to take, as a multiple of the number of real ones; None takes all.
+        synthetic: folder of a synthesised set, or folders of several; None trains on real images alone.
+        budget: synthetic samples to take, as a multiple of the number of real ones, evenly from all sets;
+            None takes all.
         real_fraction: share of a batch that is real, in (0, 1); 0.5 is real : synthetic = 1 : 1.
         max_real: use only the first real training samples; None uses all.
         batch_size: samples a batch, of both streams together, on each device.
@@ -53,7 +59,7 @@ class SegDataModule(L.LightningDataModule):
     def __init__(
         self,
         source: Source,
-        synthetic: str | None = None,
+        synthetic: str | list[str] | None = None,
         budget: float | None = None,
         real_fraction: float = 0.5,
         max_real: int | None = None,
@@ -64,20 +70,20 @@ class SegDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if synthetic is not None and not 0 < batch_size * real_fraction < batch_size:
+        if synthetic and not 0 < batch_size * real_fraction < batch_size:
             raise InputError(
                 f"real_fraction {real_fraction}: must lie between 0 and 1 when a synthetic set is given"
             )
-        if synthetic is not None and batch_size < 2:
+        if synthetic and batch_size < 2:
             raise InputError(f"batch_size {batch_size}: two streams need at least 2")
         if budget is not None and budget <= 0:
             raise InputError(f"budget {budget}: must be positive")
         if max_real is not None and max_real < 1:
             raise InputError(f"max_real {max_real}: must be at least 1, or null for all")
-        if synthetic is None and budget is not None:
+        if not synthetic and budget is not None:
             raise InputError(f"budget {budget}: there is no synthetic set; give --data.synthetic its folder")
         self.source = source
-        self.synthetic = synthetic
+        self.synthetic = [synthetic] if isinstance(synthetic, str) else synthetic or []
         self.budget = budget
         self.real_fraction = real_fraction
         self.max_real = max_real
@@ -103,23 +109,28 @@ class SegDataModule(L.LightningDataModule):
             if self.max_real is not None and self.max_real < self.n_real:
                 real, self.n_real = Subset(real, range(self.max_real)), self.max_real
             self.streams: dict[str, Dataset] = {"real": real}
-            if self.synthetic is not None:
-                count = None if self.budget is None else round(self.budget * self.n_real)
-                self.streams["synthetic"] = self._read_synthetic(count)
+            if self.synthetic:
+                total = None if self.budget is None else round(self.budget * self.n_real)
+                sets = [
+                    self._read_synthetic(
+                        folder, None if total is None else _share(total, len(self.synthetic), k)
+                    )
+                    for k, folder in enumerate(self.synthetic)
+                ]
+                self.n_synthetic = sum(map(len, sets))
+                self.streams["synthetic"] = ConcatDataset(sets)
 
-    def _read_synthetic(self, count: int | None) -> SyntheticSet:
-        assert self.synthetic is not None
-        dataset = SyntheticSet(self.synthetic, count)
-        self.n_synthetic = len(dataset)
-        if self.n_synthetic == 0:
-            raise InputError(f"{self.synthetic}: no synthetic sample is left; raise the budget")
+    def _read_synthetic(self, folder: str, count: int | None) -> SyntheticSet:
+        dataset = SyntheticSet(folder, count)
+        if len(dataset) == 0:
+            raise InputError(f"{folder}: no synthetic sample is left; raise the budget")
         shapes, top = dataset.shapes, dataset.highest_class
         expected = (self.source.channels, *self.source.size)
         if shapes != {expected}:
-            raise InputError(f"{self.synthetic}: images are {shapes}, those of {self.source.name} {expected}")
+            raise InputError(f"{folder}: images are {shapes}, those of {self.source.name} {expected}")
         if top >= self.source.num_classes:
             raise InputError(
-                f"{self.synthetic}: masks hold class {top}, {self.source.name} has {self.source.num_classes}"
+                f"{folder}: masks hold class {top}, {self.source.name} has {self.source.num_classes}"
             )
         return dataset
 

@@ -36,7 +36,9 @@ def subset(entries: Sequence[Mapping[str, Any]], tau: float, key: str = "value")
     return [place for place, entry in enumerate(entries) if entry[key] > tau]
 
 
-def write_subset(folder: str | Path, output: str | Path, tau: float, key: str = "value") -> int:
+def write_subset(
+    folder: str | Path, output: str | Path, tau: float, key: str = "value", control: bool = False
+) -> int:
     """Write the samples of a synthetic set that are above τ as a set of their own.
 
     Files are hard links where the file system has them, copies elsewhere; their names, and the lines of
@@ -48,6 +50,8 @@ def write_subset(folder: str | Path, output: str | Path, tau: float, key: str = 
         output: where the subset goes. A synthetic set that is already there is replaced.
         tau: threshold, see :func:`subset`.
         key: which number of the manifest decides.
+        control: keep as many samples as are above τ, but the first ones, whatever their value: what the
+            subset is to be compared with, so that size and hardness are not mixed up.
 
     Returns:
         The number of samples kept.
@@ -61,21 +65,23 @@ def write_subset(folder: str | Path, output: str | Path, tau: float, key: str = 
         raise InputError(f"{output}: exists and is no synthetic set; move it away or name another folder")
     if output.resolve() == source.folder.resolve():
         raise InputError(f"{output}: is the set to choose from; name another folder")
-    kept = [source.entries[place] for place in subset(source.entries, tau, key)]
+    places = subset(source.entries, tau, key)
+    kept = [source.entries[place] for place in (range(len(places)) if control else places)]
     if not kept:
         highest = max((entry[key] for entry in source.entries), default=math.nan)
         raise InputError(f"{folder}: no {key} is above {tau:g}, the highest is {highest:g}; lower tau")
     made = json.loads((source.folder / "dataset.json").read_text())
-    chosen = {"set": str(folder), "key": key, "tau": tau, "of": len(source)}
+    chosen = {"set": str(folder), "key": key, "tau": tau, "control": control, "of": len(source)}
     made |= {"n": len(kept), "subset": [*made.get("subset", []), chosen]}
 
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for entry in kept:
         for kind in ("image", "mask"):
-            target = partial / entry[kind]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link(source.folder / entry[kind], target)
+            _link(source.folder / entry[kind], partial / entry[kind])
+        noise = f"noise/{entry['index']:06d}.npy"
+        if (source.folder / noise).is_file():
+            _link(source.folder / noise, partial / noise)
     (partial / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     (partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
     shutil.rmtree(output, ignore_errors=True)
@@ -84,6 +90,7 @@ def write_subset(folder: str | Path, output: str | Path, tau: float, key: str = 
 
 
 def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without hard links
@@ -96,10 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", required=True, help="folder of the synthetic set")
     parser.add_argument("--tau", required=True, type=float, help="keep samples whose value is above this")
     parser.add_argument("--key", default="value", help="which number of the manifest decides")
+    parser.add_argument("--control", action="store_true", help="keep as many, but the first ones")
     parser.add_argument("--output", required=True, type=Path, help="folder of the subset")
     options = parser.parse_args(arguments)
-    kept = write_subset(options.set, options.output, options.tau, options.key)
-    print(f"{options.output}: {kept} samples with {options.key} > {options.tau:g}")
+    kept = write_subset(options.set, options.output, options.tau, options.key, options.control)
+    which = "the first, as many as have" if options.control else "with"
+    print(f"{options.output}: {kept} samples, {which} {options.key} > {options.tau:g}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from statistics import mean
 from typing import Any
 
 import jsonargparse
+import numpy as np
+import torch
 import yaml
 from PIL import Image
 from torch import nn
@@ -24,6 +26,7 @@ from evaluation.distribution import diversity, features_of, kid, precision_recal
 from evaluation.fid import EncoderFeatures, fid, inception
 from evaluation.fidelity import adversariality, mask_fidelity
 from evaluation.modes import knows_modes, mode_histogram
+from evaluation.noise import typical_set
 from files import write_atomically
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
@@ -55,6 +58,7 @@ def measure(
     judge: Segmenter | None = None,
     anchor: Segmenter | None = None,
     modes: Dataset | None = None,
+    features_file: Path | None = None,
 ) -> dict[str, Any]:
     """Return the figures of a synthetic set.
 
@@ -65,17 +69,20 @@ def measure(
         judge: an independent, well-trained segmenter, for ``mask_fidelity``.
         anchor: the segmenter under which every reward is taken, for ``rewards``.
         modes: real images whose mode is known, best of all modes alike; None takes ``real``.
+        features_file: .npz file for the features ``synthetic`` ``(N, D)`` and ``real`` ``(R, D)``.
 
     Returns:
-        ``adversariality`` (mean of the reward named by ``reward``, under the anchor of the synthesis),
-        ``values`` of each sample, ``fid``, ``fid_extractor``, ``seconds_per_image`` and
-        ``calls_per_image`` of the backbone (synthesis alone), ``kl`` in nats, and what made the set. Over
-        the features of ``fid_extractor``: ``kid``, ``precision``, ``recall``, ``diversity`` and ``vendi``
-        (:mod:`evaluation.distribution`), None where undefined. With a judge: ``mask_fidelity``, the mean
-        DSC in percent, and ``judge``. With an anchor: ``rewards``, the mean of each, and ``anchor``.
-        Where the real images know their modes: ``modes`` with ``histogram``, ``recall`` and ``accuracy``
-        (:mod:`evaluation.modes`). ``samples`` holds ``mask_fidelity``, ``rewards`` and ``mode`` of each
-        sample.
+        ``adversariality`` (mean of the reward named by ``reward``, under the anchor, or without one under
+        that of the synthesis), ``values`` of each sample, ``fid``, ``fid_extractor``, and of an image
+        ``seconds_per_image`` and ``calls_per_image`` of the backbone (synthesis alone), ``kl`` in nats,
+        and what made the set. Over the features of ``fid_extractor``: ``kid``, ``precision``, ``recall``,
+        ``diversity`` and ``vendi`` (:mod:`evaluation.distribution`), None where undefined. With a judge:
+        ``mask_fidelity``, the mean DSC in percent, and ``judge``. With an anchor: ``rewards``, the mean of
+        each, and ``anchor``. Where the real images know their modes: ``modes`` with ``histogram``,
+        ``recall`` and ``accuracy`` (:mod:`evaluation.modes`). ``samples`` holds ``mask_fidelity``,
+        ``rewards`` and ``mode`` of each
+        sample. Where the set has its initial noise: ``noise``, its farthest departure from N(0, I)
+        by statistic (:func:`noise_figures`).
     """
     made = json.loads((synthetic.folder / "dataset.json").read_text())
     values = [entry["value"] for entry in synthetic.entries]
@@ -101,6 +108,11 @@ def measure(
         "values": values,
         "samples": {},
     }
+    if features_file is not None:
+        as_read = features.float().numpy(), real_features.float().numpy()
+        np.savez_compressed(features_file, synthetic=as_read[0], real=as_read[1])
+    if noise := noise_figures(synthetic):
+        figures["noise"] = noise
     if judge is not None:
         dsc = mask_fidelity(synthetic, judge)
         figures |= {"judge": _name(judge), "mask_fidelity": _defined(float(dsc.nanmean()))}
@@ -109,6 +121,8 @@ def measure(
         rewards = adversariality(synthetic, anchor)
         figures |= {"anchor": _name(anchor), "rewards": {k: float(v.mean()) for k, v in rewards.items()}}
         figures["samples"]["rewards"] = {name: value.tolist() for name, value in rewards.items()}
+        figures["values"] = figures["samples"]["rewards"][made["reward"]]
+        figures["adversariality"] = mean(figures["values"])
     known = real if modes is None else modes
     if knows_modes(known):
         found = mode_histogram(known, synthetic)
@@ -119,6 +133,30 @@ def measure(
             "recall": dict(zip(names, map(_defined, found.recall), strict=True)),
         }
         figures["samples"]["mode"] = found.predicted.tolist()
+    return figures
+
+
+def noise_figures(synthetic: SyntheticSet) -> dict[str, dict[str, float]]:
+    """Return how far the initial noise of a set is from N(0, I), by statistic; empty where it has none.
+
+    Of the channels, and of the three lowest bands of frequency, the one that is farthest off counts:
+    ``value``, and ``z`` in standard deviations of that statistic for as much noise from N(0, I).
+    """
+    files = [synthetic.folder / "noise" / f"{entry['index']:06d}.npy" for entry in synthetic.entries]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        return {}
+    checks = typical_set(torch.from_numpy(np.stack([np.load(file) for file in files])))
+    chosen = {
+        "norm": (checks["norm_ratio"], None),
+        "mean": (checks["channel_mean"], None),
+        "variance": (checks["channel_variance"], None),
+        "low_frequencies": (checks["spectrum"], 3),
+    }
+    figures = {}
+    for name, (check, count) in chosen.items():
+        z, value = max(zip(check["z"][:count], check["value"][:count], strict=True), key=lambda p: abs(p[0]))
+        figures[name] = {"value": value, "z": z}
     return figures
 
 
@@ -161,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mode-split", help="real split that shows the appearance modes; the --split")
     parser.add_argument("--inception", default=None, help="file of torch-fidelity's Inception weights")
     parser.add_argument("--examples", type=Path, help="folder for the real images that the masks came from")
+    parser.add_argument("--features", type=Path, help=".npz file to write the features to")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     encoder = _load(options.encoder)
@@ -176,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         judge,
         anchor,
         real.dataset(options.mode_split or options.split),
+        options.features,
     )
     if options.examples is not None:
         write_examples(synthetic, source.dataset("train"), options.examples)

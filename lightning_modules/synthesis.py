@@ -132,8 +132,9 @@ class SynthesisLitModule(L.LightningModule):
 
         Returns:
             ``image`` uint8 ``(B, C, H, W)``, ``mask`` int64 ``(B, H, W)``, ``index``, ``source_mask``,
-            ``value`` (the reward) ``(B,)``, ``notes`` of the method, and of an image the ``seconds`` and
-            the ``calls`` of the backbone, averaged over the batch.
+            ``value`` (the reward) ``(B,)``, ``notes`` of the method, the initial ``noise`` ``(B, …)`` of
+            a method that starts from one, and of an image the ``seconds`` and the ``calls`` of the
+            backbone, averaged over the batch.
         """
         if batch_idx == 0:
             self._warm_up(batch)
@@ -151,6 +152,7 @@ class SynthesisLitModule(L.LightningModule):
             "index": batch["index"],
             "source_mask": batch["source_mask"],
             "value": value,
+            "noise": notes.pop("x_T", None),
             "notes": notes,
             "seconds": seconds,
             "calls": calls,

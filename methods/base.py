@@ -12,4 +12,5 @@ class Base(Method):
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`."""
-        return request.sampler.sample(request.noise.draw(PROBE), request.condition), {}
+        x_T = request.noise.draw(PROBE)
+        return request.sampler.sample(x_T, request.condition), {"x_T": x_T}

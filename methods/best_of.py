@@ -99,4 +99,5 @@ class BestOfN(Method):
         if self.by == "estimate":
             image = request.sampler.sample(noise, request.condition)
         kl = torch.full_like(reward, best_of_n_kl(self.n))
-        return image, {"proposal": proposal, "proposals_mean": total / self.n, "kl": kl}
+        notes = {"proposal": proposal, "proposals_mean": total / self.n, "kl": kl, "x_T": noise}
+        return image, notes

@@ -57,4 +57,4 @@ class CIG(Method):
         z1, z2 = (add_noise(real, request.noise.draw(stream), alpha_bar) for stream in (PROBE, SECOND))
         turn = 2 * math.pi * request.noise.scalars(lambda rng: rng.random(), TURN)
         x_T = circle_interpolation(z1, z2, turn / angle(z1, z2))
-        return sampler.sample(x_T, request.condition), {"turn": turn}
+        return sampler.sample(x_T, request.condition), {"turn": turn, "x_T": x_T}

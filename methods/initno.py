@@ -77,7 +77,7 @@ class InitNO(Method):
             better = again & (new_value > value)
             x_T = torch.where(better.view(-1, 1, 1, 1), new_x_T, x_T)
             value, kl = torch.where(better, new_value, value), torch.where(better, new_kl, kl)
-        return request.sampler.sample(x_T, request.condition), {"kl": kl, "rounds": rounds}
+        return request.sampler.sample(x_T, request.condition), {"kl": kl, "rounds": rounds, "x_T": x_T}
 
     def _round(self, request: Request, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_T, its reward and its KL after one round of optimisation."""

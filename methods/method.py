@@ -123,6 +123,8 @@ class Method(nn.Module, ABC):
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """Return images ``(B, C, H, W)`` in [−1, 1] and what is to be noted: a dict of tensors ``(B,)``.
 
+        A method that samples from initial noise also notes that, ``x_T`` ``(B, *noise_shape)``.
+
         A sample depends on its own noise, mask and real image alone, never on the rest of the batch.
         """
 

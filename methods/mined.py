@@ -54,7 +54,7 @@ class Mined(Method):
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``kl`` in nats."""
         x_T, _, shifted = self.shift(request)
-        return request.sampler.sample(x_T, request.condition), {"kl": shifted.kl()}
+        return request.sampler.sample(x_T, request.condition), {"kl": shifted.kl(), "x_T": x_T}
 
     def fingerprints(self) -> dict[str, str]:
         """See :meth:`Method.fingerprints`."""

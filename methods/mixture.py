@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from errors import InputError
@@ -82,9 +81,11 @@ class Mixture(Method):
         keys = self._noted | dict.fromkeys(key for notes in noted for key in notes)
         merged = {"component": component}
         for key in keys:
-            lacking = 0.0 if key == "kl" else math.nan
+            lacking = image.new_full(
+                request.noise.shape if key == "x_T" else (), 0.0 if key == "kl" else math.nan
+            )
             parts = [
-                notes[key].float() if key in notes else torch.full_like(rows, lacking, dtype=torch.float32)
+                notes[key].float() if key in notes else lacking.expand(len(rows), *lacking.shape)
                 for notes, rows in zip(noted, groups, strict=True)
             ]
             merged[key] = together(parts, groups)

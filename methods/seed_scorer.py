@@ -61,12 +61,14 @@ class SeedScorer(Method):
         predicted = torch.stack(predictions)
         chosen = predicted.argsort(dim=0, stable=True)[self.rank]
         rows = torch.arange(len(chosen), device=chosen.device)
+        x_T = torch.stack(proposals)[chosen, rows]
         notes = {
+            "x_T": x_T,
             "proposal": chosen,
             "predicted": predicted[chosen, rows],
             "kl": torch.stack(divergences)[chosen, rows] + best_of_n_kl(self.n),
         }
-        return sampler.sample(torch.stack(proposals)[chosen, rows], condition), notes
+        return sampler.sample(x_T, condition), notes
 
     def fingerprints(self) -> dict[str, str]:
         """See :meth:`Method.fingerprints`."""

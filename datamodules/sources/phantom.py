@@ -23,7 +23,7 @@ from errors import InputError
 
 Family = Literal["cardiac", "abdomen", "polyp"]
 Mixture = Literal["natural", "uniform"]
-Scanner = Literal["a", "b", "any"]
+Scanner = Literal["a", "b", "c", "any"]
 Array = NDArray[np.float32]
 
 # Name and probability of each appearance mode in the natural mixture.
@@ -106,7 +106,7 @@ def phantom(
         size: height and width in pixels, at least 32.
         mode: appearance mode as an index into :data:`MODES`; None draws it from ``mixture``.
         mixture: ``natural`` draws modes with the probabilities of :data:`MODES`, ``uniform`` equally.
-        scanner: ``a``, or ``b`` with another contrast curve, bias field, point spread, noise level
+        scanner: ``a``; ``b`` and ``c`` with another contrast curve, bias field, point spread, noise level
             and, for RGB, colour cast; ``any`` is many centres: mostly a, else a scanner with settings
             of its own for every image.
 
@@ -133,7 +133,7 @@ class PhantomSource(Source):
     """Phantoms as an image set with three test sets.
 
     ``train``, ``val`` and ``test`` follow the natural mixture on scanner a; ``test_uniform`` has all
-    modes equally often; ``test_shift`` too, on scanner b. The splits are disjoint index ranges of one
+    modes equally often; ``test_shift`` too, on another scanner. The splits are disjoint index ranges of one
     endless set: a smaller split is a prefix of a larger one. Images are float32 ``(C, size, size)`` in
     [−1, 1], masks int64 ``(size, size)``; samples are made when first asked for and kept in memory.
 
@@ -146,6 +146,7 @@ class PhantomSource(Source):
         seed: non-negative seed of the set.
         scanner: that of ``train``, ``val`` and the first two test sets. ``any`` makes the pool of many
             centres that a generator with a broad prior is trained on.
+        shift: scanner of ``test_shift``. Settings that were chosen on one are reported on the other.
 
     Raises:
         InputError: an argument is out of its range.
@@ -160,8 +161,10 @@ class PhantomSource(Source):
         n_test: int = 200,
         seed: int = 0,
         scanner: Scanner = "a",
+        shift: Scanner = "b",
     ) -> None:
-        _check(family, seed, 0, size, None, "natural", scanner)
+        for each in (scanner, shift):
+            _check(family, seed, 0, size, None, "natural", each)
         for argument, count in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
             if count < 1:
                 raise InputError(f"{argument} is {count}; a phantom split needs at least 1 sample")
@@ -174,7 +177,7 @@ class PhantomSource(Source):
             "val": (n_val, "natural", scanner),
             "test": (n_test, "natural", scanner),
             "test_uniform": (n_test, "uniform", scanner),
-            "test_shift": (n_test, "uniform", "b"),
+            "test_shift": (n_test, "uniform", shift),
         }
         self.splits = tuple(splits)
         self._datasets = {
@@ -574,7 +577,7 @@ def _scan(image: Array, scanner: Scanner, rng: Generator) -> Array:
     noise = rng.standard_normal(image.shape, np.float32)
     if scanner == "a" or (scanner == "any" and rng.random() >= OTHER_SCANNERS):
         return image + np.float32(0.05) * noise
-    settings = _other(rng, channels) if scanner == "any" else _SCANNER_B[channels]
+    settings = _other(rng, channels) if scanner == "any" else _SCANNERS[scanner][channels]
     blur = _point_spread(size, settings.blur)
     light = blur @ (np.clip(image, -1, 1) + 1) @ blur.T / 2
     light = np.clip(light, 0, 1) ** np.array(settings.power, np.float32)[:, None, None]
@@ -584,14 +587,20 @@ def _scan(image: Array, scanner: Scanner, rng: Generator) -> Array:
     return settings.gain * light * bias * 2 - 1 + np.float32(settings.noise) * noise
 
 
-_SCANNER_B = {
-    1: _Settings(blur=0.03, power=(0.7,), bias=0.3, gain=0.92, noise=0.08),
-    3: _Settings(blur=0.03, power=(0.9, 0.75, 0.65), bias=0.3, gain=0.92, noise=0.08),
+_SCANNERS = {
+    "b": {
+        1: _Settings(blur=0.03, power=(0.7,), bias=0.3, gain=0.92, noise=0.08),
+        3: _Settings(blur=0.03, power=(0.9, 0.75, 0.65), bias=0.3, gain=0.92, noise=0.08),
+    },
+    "c": {
+        1: _Settings(blur=0.04, power=(0.8,), bias=0.2, gain=0.88, noise=0.09),
+        3: _Settings(blur=0.04, power=(0.65, 0.75, 0.9), bias=0.2, gain=0.88, noise=0.09),
+    },
 }
 
 
 def _other(rng: Generator, channels: int) -> _Settings:
-    """A scanner drawn at random; scanner b lies within the ranges, scanner a at their edge."""
+    """A scanner drawn at random; scanners b and c lie within the ranges, scanner a at their edge."""
     common = np.log(1.6) * rng.uniform(-1, 0.4)
     tint = rng.uniform(-0.2, 0.2, channels) * (channels > 1)
     return _Settings(

@@ -1,17 +1,14 @@
 """Read the folder of a run: settings, test scores, synthetic sets, training curves."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from errors import InputError
+from evaluation.report.inputs import check_settings, finite, read_features, read_mapping, read_scalars
 
 REAL = "real"
 """Name of the arm that is trained on real images alone."""
@@ -25,12 +22,18 @@ SET_KEYS = (
 
 MORE_SET_KEYS = (
     *("kid", "precision", "recall", "diversity", "vendi", "mask_fidelity", "judge", "rewards", "modes"),
-    "calls_per_image",
+    *("calls_per_image", "noise"),
 )
 """What it may hold beside."""
 
-CURVE_POINTS = 150
-"""Most points drawn of a training curve, spread evenly over it; first and last always."""
+GAIN_KEYS = (
+    *("loss", "gamma", "n"),
+    *(f"{part}.set.{key}" for part in ("all", "last") for key in ("norm_syn", "cosine", "gain")),
+)
+"""What ``gain.json`` must hold where there is one."""
+
+MANY = 8
+"""Beyond as many methods figures take the form that long comparisons need."""
 
 
 def arm_name(method: str, budget: float) -> str:
@@ -94,12 +97,14 @@ class Run:
         experiment: settings of the experiment, ``experiment.yaml``.
         tests: every arm with its ``test.json``, seed by seed, real first.
         sets: every ``synthetic.json`` by method and seed, seed by seed.
+        gains: every ``gain.json`` that there is, likewise.
     """
 
     folder: Path
     experiment: dict[str, Any]
     tests: list[tuple[Arm, dict[str, Any]]]
     sets: dict[tuple[str, int], dict[str, Any]]
+    gains: dict[tuple[str, int], dict[str, Any]]
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -108,15 +113,9 @@ class Run:
         Raises:
             InputError: a file of the run is missing, cannot be read, or lacks a key.
         """
-        experiment = _read(folder, "experiment.yaml", yaml.safe_load, ("name", "backbone", "segmenter"))
-        for key, kind in (("budgets", int | float), ("seeds", int)):
-            values = experiment.get(key)
-            if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
-                raise InputError(f"{folder / 'experiment.yaml'}: {key} must be a list; write {key}: [...]")
-        if experiment.get("highlight") not in (None, *(experiment.get("methods") or ())):
-            raise InputError(f"{folder / 'experiment.yaml'}: highlight must be one of the methods")
-        if not isinstance(experiment.get("methods"), dict) or not experiment["methods"]:
-            raise InputError(f"{folder / 'experiment.yaml'}: methods must name at least one; write methods:")
+        name = "experiment.yaml"
+        experiment = read_mapping(folder, name, yaml.safe_load, ("name", "backbone", "segmenter"))
+        check_settings(experiment, folder / name)
         methods, budgets, seeds = list(experiment["methods"]), experiment["budgets"], experiment["seeds"]
         arms = [
             arm
@@ -126,15 +125,20 @@ class Run:
                 *(Arm(m, b, seed) for m in methods for b in budgets),
             )
         ]
+        made = {(m, s): f"seed{s}/{m}" for s in seeds for m in methods}
         return cls(
             folder,
             experiment,
-            [(arm, _read(folder, f"{arm.folder}/test.json", json.loads, TEST_KEYS)) for arm in arms],
+            [(arm, read_mapping(folder, f"{arm.folder}/test.json", json.loads, TEST_KEYS)) for arm in arms],
             {
-                (m, s): _read(folder, f"seed{s}/{m}/synthetic.json", json.loads, (*SET_KEYS, "values"))
+                (m, s): read_mapping(folder, f"{place}/synthetic.json", json.loads, (*SET_KEYS, "values"))
                 | {"method": m}
-                for s in seeds
-                for m in methods
+                for (m, s), place in made.items()
+            },
+            {
+                key: read_mapping(folder, f"{place}/gain.json", json.loads, GAIN_KEYS)
+                for key, place in made.items()
+                if (folder / place / "gain.json").is_file()
             },
         )
 
@@ -154,6 +158,17 @@ class Run:
         if "highlight" in self.experiment:
             return self.experiment["highlight"]
         return "miner" if "miner" in self.methods else self.methods[-1]
+
+    @property
+    def many(self) -> bool:
+        """Whether there are more than :data:`MANY` methods."""
+        return len(self.methods) > MANY
+
+    @property
+    def sweeps(self) -> dict[str, list[tuple[float, str]]]:
+        """Methods that differ in one number, with that number, in its order; by the name of the number."""
+        sweeps = self.experiment.get("sweeps") or {}
+        return {label: sorted((float(x), m) for x, m in one.items()) for label, one in sweeps.items()}
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -199,65 +214,33 @@ class Run:
         name = f"seed{self.experiment['seeds'][0]}/{self.mined}_training/tensorboard/config.yaml"
         if not (self.folder / name).is_file():
             return None
-        return _read(self.folder, name, yaml.safe_load, ("model",))["model"]["init_args"].get("kappa_up")
+        return read_mapping(self.folder, name, yaml.safe_load, ("model",))["model"]["init_args"].get(
+            "kappa_up"
+        )
+
+    def features(self, method: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return features of real (R, D) and of synthetic (N, D) images of the first seed, if saved.
+
+        Raises:
+            InputError: the file is unusable.
+        """
+        name = f"seed{self.experiment['seeds'][0]}/{method}/features.npz"
+        return read_features(self.folder, name) if (self.folder / name).is_file() else None
 
     def curves(self) -> list[Curve]:
-        """Return every scalar that the trainings logged."""
+        """Return every scalar that the trainings logged; with :attr:`many` methods, of the first seed."""
+        seeds = self.experiment["seeds"][:1] if self.many else self.experiment["seeds"]
         places: list[tuple[str, str, str, int | None]] = [
             ("Backbone", "backbone", "backbone", None),
             ("Reference segmenter", "reference", "reference", None),
         ]
-        places += [
-            (f"Network of {m}", f"seed{s}/{m}_training", m, s)
-            for m in self.methods
-            for s in self.experiment["seeds"]
-        ]
+        places += [(f"Network of {m}", f"seed{s}/{m}_training", m, s) for m in self.methods for s in seeds]
         for arm, _ in self.tests:
-            budgets = [arm.budget] if arm.budget else self.experiment["budgets"]
-            places += [(f"Segmenter, budget {b:g}×", arm.folder, arm.method, arm.seed) for b in budgets]
+            if arm.seed in seeds:
+                budgets = [arm.budget] if arm.budget else self.experiment["budgets"]
+                places += [(f"Segmenter, budget {b:g}×", arm.folder, arm.method, arm.seed) for b in budgets]
         return [
             Curve(stage, tag, arm, seed, steps, values)
             for stage, folder, arm, seed in places
-            for tag, steps, values in _scalars(self.folder / folder / "tensorboard")
+            for tag, steps, values in read_scalars(self.folder / folder / "tensorboard")
         ]
-
-
-def finite(value: Any) -> Any:
-    """Return None for a NaN or infinite number, anything else as it is."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """Return at most ``count`` items, spread evenly, the first and the last among them."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[i] for i in places]
-
-
-def _read(folder: Path, name: str, parse: Callable[[str], Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Return the mapping in a file of the run, which must have the keys."""
-    path = folder / name
-    command = f"make experiment NAME={folder.resolve().name}"
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; make it with: {command}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problem = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read ({problem}); delete it and run: {command}") from None
-    missing = [k for k in keys if not isinstance(content, dict) or k not in content]
-    if missing:
-        raise InputError(f"{path} has no {', '.join(missing)}; delete it and run: {command}")
-    return content
-
-
-def _scalars(logs: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Return tag, steps and values of every scalar in a folder of TensorBoard files."""
-    if not logs.is_dir():
-        return []
-    events = EventAccumulator(str(logs), size_guidance={"scalars": 0}).Reload()
-    series = []
-    for tag in events.Tags()["scalars"]:
-        if tag not in ("epoch", "hp_metric"):
-            points = evenly(events.Scalars(tag), CURVE_POINTS)
-            series.append((tag, np.array([p.step for p in points]), np.array([p.value for p in points])))
-    return series

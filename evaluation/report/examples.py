@@ -1,21 +1,23 @@
-"""A grid of pictures: mask, real image, the image of each method, and how far two of them are apart."""
+"""Grids of pictures: mask, real image, the image of each method, and how far each is from base."""
 
 import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image
 
 from errors import InputError
-from evaluation.report.collect import Run, evenly
-from evaluation.report.figures import data_uri
+from evaluation.report.collect import Run
+from evaluation.report.inputs import evenly
+from evaluation.report.style import data_uri
 from evaluation.report.tables import number
 
 EXAMPLES = 8
-THUMBNAIL = 128
+THUMBNAIL = 96
 """Longest side of an example on the page, in pixels."""
 
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
@@ -31,20 +33,37 @@ class Picture:
 
 @dataclass(frozen=True)
 class Grid:
-    """Examples side by side; ``white`` is the difference, in percent of the grey range, drawn brightest."""
+    """The same examples in every line; None for a picture that a set does not have.
 
-    columns: list[str]
-    lines: list[list[Picture]]
+    Attributes:
+        lines: by name, a picture per example: ``mask``, ``real``, then each method.
+        gaps: by method, |base − method| of each example with the same mask; empty without base.
+        legend: name and colour of each class.
+        seed: whose sets these are.
+        white: the difference drawn brightest, in percent of the grey range; None without differences.
+    """
+
+    lines: dict[str, list[Picture]]
+    gaps: dict[str, list[Picture]]
     legend: list[tuple[str, str]]
     seed: int
     white: float | None
 
 
-def example_grid(run: Run) -> Grid | None:
-    """Return mask / real / each method / |base − mined| of samples spread evenly over a synthetic set.
+@dataclass(frozen=True)
+class _Example:
+    """A synthetic image, its adversariality, and whether its mask is that of the whole column."""
 
-    The samples are those of the first seed, chosen by their place in the set and not by any result. None
-    when a method has no images.
+    image: np.ndarray
+    value: float
+    shared: bool
+
+
+def example_grid(run: Run) -> Grid | None:
+    """Return mask / real / each method, and |base − method|, of samples spread evenly over a synthetic set.
+
+    The samples are those of the first seed, chosen by their place in the set of base, or else of the first
+    method, and not by any result. None when a method has no images.
 
     Raises:
         InputError: an image of a set is missing or unreadable.
@@ -53,38 +72,76 @@ def example_grid(run: Run) -> Grid | None:
     folders = {m: run.folder / f"seed{seed}/{m}/synthetic" for m in run.methods}
     if not all((f / "manifest.jsonl").is_file() for f in folders.values()):
         return None
-    manifests = {
-        m: [json.loads(line) for line in (f / "manifest.jsonl").read_text().splitlines()]
-        for m, f in folders.items()
-    }
-    chosen = evenly(range(min(map(len, manifests.values()))), EXAMPLES)
-    images = {(m, i): _pixels(folders[m] / manifests[m][i]["image"]) for m in run.methods for i in chosen}
-    gaps = {}
-    if "base" in run.methods and run.mined != "base":
-        gaps = {i: _gap(images["base", i], images[run.mined, i]) for i in chosen}
-    white = max((float(np.percentile(gap, 99.5)) for gap in gaps.values()), default=0.0) or 1.0
-
-    def line(i: int) -> list[Picture]:
-        first = manifests[run.methods[0]][i]
-        real = run.folder / "reference/real/images" / f"{first['source_mask']}.png"
-        pictures = [
-            Picture(_class_map(_pixels(folders[run.methods[0]] / first["mask"])), f"no. {i}"),
-            Picture(_thumbnail(_pixels(real)) if real.is_file() else None),
+    manifests = {m: _manifest(folder) for m, folder in folders.items()}
+    whole = "base" if "base" in run.methods else run.methods[0]
+    chosen = evenly([manifests[whole][index] for index in sorted(manifests[whole])], EXAMPLES)
+    masks = [_pixels(folders[whole] / one["mask"]) for one in chosen]
+    reals = [run.folder / "reference/real/images" / f"{one['source_mask']}.png" for one in chosen]
+    examples = {
+        m: [
+            _example(folders[m], manifests[m].get(one["index"]), mask)
+            for one, mask in zip(chosen, masks, strict=True)
         ]
-        for m in run.methods:
-            pictures.append(Picture(_thumbnail(images[m, i]), f"ℓ = {number(manifests[m][i]['value'], 3)}"))
-        if gaps:
-            heat = matplotlib.colormaps["magma"]((gaps[i] / white).clip(0, 1), bytes=True)[..., :3]
-            pictures.append(Picture(_thumbnail(heat)))
-        return pictures
-
+        for m in run.methods
+    }
+    gaps, white = _gap_lines(examples)
     return Grid(
-        ["mask", "real", *run.methods, *([f"|base − {run.mined}|"] if gaps else [])],
-        [line(i) for i in chosen],
+        {
+            "mask": [
+                Picture(_class_map(mask), f"no. {one['index']}")
+                for one, mask in zip(chosen, masks, strict=True)
+            ],
+            "real": [Picture(_thumbnail(_pixels(path)) if path.is_file() else None) for path in reals],
+            **{m: [_picture(one) for one in line] for m, line in examples.items()},
+        },
+        gaps,
         [(name, CLASS_COLOURS[k % len(CLASS_COLOURS)]) for k, name in enumerate(run.classes)],
         seed,
         100 * white if gaps else None,
     )
+
+
+def _manifest(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the entries of a synthetic set by index."""
+    entries = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return {entry["index"]: entry for entry in entries}
+
+
+def _example(folder: Path, entry: dict[str, Any] | None, mask: np.ndarray) -> _Example | None:
+    """Return the image of an entry, where the set has it; the mask is that of the whole column."""
+    if entry is None:
+        return None
+    shared = np.array_equal(_pixels(folder / entry["mask"]), mask)
+    return _Example(_pixels(folder / entry["image"]), entry["value"], shared)
+
+
+def _picture(example: _Example | None) -> Picture:
+    if example is None:
+        return Picture(None)
+    note = f"ℓ = {number(example.value, 3)}"
+    return Picture(_thumbnail(example.image), note if example.shared else f"{note}, own mask")
+
+
+def _gap_lines(examples: dict[str, list[_Example | None]]) -> tuple[dict[str, list[Picture]], float]:
+    """Return |base − method| of each example, and the difference drawn brightest, the same for all."""
+    gaps = {
+        m: [
+            _gap(a.image, b.image) if a and b and b.shared else None
+            for a, b in zip(examples["base"], own, strict=True)
+        ]
+        for m, own in examples.items()
+        if "base" in examples and m != "base"
+    }
+    pixels = [gap.ravel() for line in gaps.values() for gap in line if gap is not None]
+    white = (float(np.percentile(np.concatenate(pixels), 99.5)) if pixels else 0.0) or 1.0
+    magma = matplotlib.colormaps["magma"]
+
+    def heat(gap: np.ndarray | None) -> Picture:
+        if gap is None:
+            return Picture(None)
+        return Picture(_thumbnail(magma((gap / white).clip(0, 1), bytes=True)[..., :3]))
+
+    return {m: [heat(gap) for gap in line] for m, line in gaps.items()}, white
 
 
 def _pixels(path: Path) -> np.ndarray:

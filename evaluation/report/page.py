@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +12,24 @@ from typing import Any
 
 import jinja2
 
-from evaluation.report.collect import CURVE_POINTS, MORE_SET_KEYS, REAL, SET_KEYS, Run, arm_name, finite
+from evaluation.report.collect import MORE_SET_KEYS, REAL, SET_KEYS, Run, arm_name
+from evaluation.report.embedding import MOST, embedding_figure
 from evaluation.report.examples import example_grid
-from evaluation.report.figures import budget_figure, colour, curve_figures, histogram_figure, scores_figure
+from evaluation.report.figures import (
+    FEW,
+    budget_figure,
+    curve_figures,
+    has_lanes,
+    histogram_figure,
+    histogram_methods,
+    scores_figure,
+)
+from evaluation.report.gain import gain_figure, gain_table
+from evaluation.report.inputs import CURVE_POINTS, finite
+from evaluation.report.sets import mode_accuracy, mode_figure, nativeness_figure, yardstick
 from evaluation.report.statistics import MIN_SEEDS, REFERENCES, paired_differences
+from evaluation.report.style import swatch
+from evaluation.report.sweeps import sweep_figures
 from evaluation.report.tables import (
     class_table,
     difference_table,
@@ -46,10 +61,7 @@ def write(run: Run) -> Path:
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
         "rows": [asdict(row) for row in run.rows],
-        "synthetic_sets": [
-            {key: finite(one[key]) for key in (*SET_KEYS, *MORE_SET_KEYS) if key in one}
-            for one in run.sets.values()
-        ],
+        "synthetic_sets": [_described(run, *key) for key in run.sets],
     }
     page = render(run, report)
     folder = run.folder / "report"
@@ -62,6 +74,7 @@ def write(run: Run) -> Path:
 def render(run: Run, report: dict[str, Any]) -> str:
     """Return the page of a run, given the content of its ``report.json``."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    grid, embedding = example_grid(run), embedding_figure(run)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -75,15 +88,43 @@ def render(run: Run, report: dict[str, Any]) -> str:
         },
         synthetic=synthetic_table(run),
         scores=scores_figure(run),
+        lanes=has_lanes(run),
         budgets=budget_figure(run),
+        few=FEW,
+        nativeness=nativeness_figure(run),
+        yardstick=yardstick(run),
         histogram=histogram_figure(run),
-        grid=example_grid(run),
+        histogram_methods=histogram_methods(run),
+        modes=mode_figure(run),
+        mode_accuracy=number(mode_accuracy(run), 1),
+        embedding=embedding,
+        most=MOST,
+        gains=gain_table(run),
+        gain=gain_figure(run),
+        sweeps=sweep_figures(run),
+        grid=grid,
         curves=curve_figures(run),
         settings=_flat(run.experiment),
-        colours={method: colour(method, run.arms) for method in (REAL, *run.arms)},
+        swatches={method: swatch(method, run.arms) for method in (REAL, *run.arms)},
+        pieces=lambda cell: re.split(r" (?=[±(])", cell, maxsplit=1),
         min_seeds=MIN_SEEDS,
         curve_points=CURVE_POINTS,
     )
+
+
+def _described(run: Run, method: str, seed: int) -> dict[str, Any]:
+    """Return what ``report.json`` says about a synthetic set; of its gain, all but the single samples."""
+    one = run.sets[method, seed]
+    described = {key: finite(one[key]) for key in (*SET_KEYS, *MORE_SET_KEYS) if key in one}
+    if (method, seed) in run.gains:
+        parts = {
+            key: {k: v for k, v in value.items() if k != "samples"} if isinstance(value, dict) else value
+            for key, value in run.gains[method, seed].items()
+        }
+        described["gain"] = finite(
+            {k: v for k, v in parts.items() if k not in ("method", "backbone", "seed")}
+        )
+    return described
 
 
 def _cards(run: Run) -> list[dict[str, str]]:

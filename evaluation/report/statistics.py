@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from evaluation.report.collect import REAL, Row
+from evaluation.report.collect import REAL, Row, Run
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
@@ -81,6 +81,11 @@ def paired_differences(rows: Sequence[Row], reference: str) -> list[Summary]:
             dsc, asd = (_minus(row.dsc, other.dsc), _minus(row.asd, other.asd)) if other else (None, None)
             differences.append(replace(row, dsc=dsc, asd=asd))
     return summarise(differences)
+
+
+def set_spread(run: Run, method: str, key: str) -> Spread:
+    """Return a figure of the synthetic sets of a method, over seeds; undefined where none has it."""
+    return spread(one.get(key) for (name, _), one in run.sets.items() if name == method)
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

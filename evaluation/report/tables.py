@@ -4,34 +4,62 @@ import math
 from dataclasses import dataclass
 
 from evaluation.report.collect import REAL, Run, arm_name
-from evaluation.report.statistics import REFERENCES, Spread, paired_differences, spread, summarise
+from evaluation.report.inputs import finite
+from evaluation.report.statistics import (
+    REFERENCES,
+    Spread,
+    paired_differences,
+    set_spread,
+    spread,
+    summarise,
+)
 
-SET_LINES = {
+SET_FACTS = {
     "n": "images per seed",
     "reward": "reward",
-    "adversariality": "adversariality",
-    "kl": "KL to the prior (nats)",
-    "fid": "FID to real images",
-    "fid_extractor": "FID over",
-    "kid": "KID, same features",
-    "precision": "precision, same features",
-    "recall": "recall, same features",
-    "vendi": "Vendi score, same features",
-    "mask_fidelity": "mask fidelity, DSC (%)",
-    "judge": "mask fidelity by",
-    "calls_per_image": "backbone calls per image",
-    "seconds_per_image": "seconds per image",
+    "fid_extractor": "features",
+    "judge": "judge of mask fidelity",
 }
-"""Lines of the table of synthetic sets; those that no set has are left out."""
+"""What the figures of synthetic sets rest on: below their table where all methods have it in common."""
+
+SET_COLUMNS = {
+    "n": "images",
+    "reward": "reward",
+    "adversariality": "adversariality",
+    "kl": "KL (nats)",
+    "fid": "FID",
+    "fid_extractor": "features",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "vendi": "Vendi",
+    "mask_fidelity": "mask fidelity (%)",
+    "judge": "judge",
+    "noise.norm": "noise norm",
+    "noise.variance": "noise variance",
+    "calls_per_image": "calls/image",
+    "seconds_per_image": "s/image",
+}
+"""Columns of the table of synthetic sets; "noise.norm" is ``noise["norm"]``. Those unknown are left out."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Formatted cells; ``methods`` names the method of each line, for its colour on the page, or is empty."""
+    """Formatted cells.
+
+    Attributes:
+        columns: their heads.
+        cells: line by line.
+        methods: the method of each line, for its colour on the page.
+        note: what is true of all lines, below the table.
+        left: how many columns are aligned to the left in the terminal.
+    """
 
     columns: tuple[str, ...]
     cells: list[tuple[str, ...]]
     methods: list[str]
+    note: str = ""
+    left: int = 2
 
 
 def number(value: float, digits: int = 2, signed: bool = False) -> str:
@@ -124,45 +152,81 @@ def class_table(run: Run, test_set: str, metric: str) -> Table:
 
 
 def synthetic_table(run: Run) -> Table:
-    """Return what describes the synthetic sets, a column per method: mean ± standard deviation over seeds.
+    """Return what describes the synthetic sets, a line per method: mean ± standard deviation over seeds.
 
-    The time also shows the mean over seeds of its ratio to base.
+    The time also shows the mean over seeds of its ratio to base; a statistic of the initial noise has, in
+    place of the deviation, the |z| against N(0, I) of the seed that is farthest from it.
     """
+    facts = {key: [_fact(run, method, key) for method in run.methods] for key in SET_FACTS}
+    common = {key: found[0] for key, found in facts.items() if len(set(found)) == 1}
+    known = {
+        key for one in run.sets.values() for key in (*one, *(f"noise.{k}" for k in one.get("noise") or ()))
+    }
+    columns = {
+        head: facts[key] if key in facts else _set_column(run, key)
+        for key, head in SET_COLUMNS.items()
+        if key in known and key not in common
+    }
+    return Table(
+        ("Method", *columns),
+        list(zip(run.methods, *columns.values(), strict=True)),
+        run.methods,
+        " · ".join(f"{SET_FACTS[key]}: {fact}" for key, fact in common.items() if fact != "–"),
+        left=1,
+    )
 
-    def cell(method: str, key: str) -> str:
-        found = {seed: one.get(key) for (name, seed), one in run.sets.items() if name == method}
-        if key in ("n", "reward", "fid_extractor", "judge"):
-            return ", ".join(dict.fromkeys(map(str, found.values())))
-        value = spread(found.values())
-        text = mean_sd(value, _digits(value.mean))
-        if key != "seconds_per_image" or method == "base" or "base" not in run.methods:
-            return text
-        ratio = spread(seconds / run.sets["base", seed][key] for seed, seconds in found.items())
-        return f"{text} ({number(ratio.mean)}×)"
 
-    known = {key for one in run.sets.values() for key in one}
-    cells = [
-        (head, *(cell(method, key) for method in run.methods))
-        for key, head in SET_LINES.items()
-        if key in known
-    ]
-    return Table(("", *run.methods), cells, [])
+def _fact(run: Run, method: str, key: str) -> str:
+    """Return a fact of the synthetic sets of a method; where its seeds differ, all of them or the range."""
+    found = [one.get(key, "–") for (name, _), one in run.sets.items() if name == method]
+    if all(isinstance(fact, int) for fact in found):
+        return "–".join(f"{fact:,}" for fact in sorted({min(found), max(found)}))
+    return ", ".join(dict.fromkeys(map(str, found)))
+
+
+def _set_column(run: Run, key: str) -> list[str]:
+    """Return a figure of the synthetic sets of every method, to the same number of decimals."""
+    if key.startswith("noise."):
+        return [_noise(run, method, key.removeprefix("noise.")) for method in run.methods]
+    spreads = {method: set_spread(run, method, key) for method in run.methods}
+    digits = _digits(max((abs(s.mean) for s in spreads.values() if s.n), default=0.0))
+    cells = {method: mean_sd(value, digits) for method, value in spreads.items()}
+    if key == "seconds_per_image" and "base" in run.methods:
+        for method in run.methods:
+            ratio = spread(
+                one[key] / run.sets["base", seed][key]
+                for (name, seed), one in run.sets.items()
+                if name == method != "base"
+            )
+            cells[method] += f" ({number(ratio.mean)}×)" if ratio.n else ""
+    return list(cells.values())
+
+
+def _noise(run: Run, method: str, key: str) -> str:
+    """Return the mean over seeds of a statistic of the initial noise, and its |z| farthest from N(0, I)."""
+    sets = (one.get("noise") or {} for (name, _), one in run.sets.items() if name == method)
+    found = [one[key] for one in sets if key in one]
+    scores = [abs(one["z"]) for one in found if finite(one["z"]) is not None]
+    value = number(spread(one["value"] for one in found).mean, 3)
+    return f"{value} (z {number(max(scores), 1)})" if scores else value
 
 
 def as_markdown(table: Table) -> str:
-    """Return a table as Markdown."""
-    rule = ("---", "---", *("---:" for _ in table.columns[2:]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in (table.columns, rule, *table.cells))
+    """Return a table as Markdown, its note below."""
+    rule = ("---" if i < table.left else "---:" for i in range(len(table.columns)))
+    lines = [f"| {' | '.join(line)} |" for line in (table.columns, rule, *table.cells)]
+    return "\n".join([*lines, *(("", table.note) if table.note else ())])
 
 
 def as_text(table: Table) -> str:
-    """Return a table as aligned text, the first two columns to the left."""
+    """Return a table as aligned text, its note below."""
     lines = [table.columns, *table.cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{c:{'<' if i < 2 else '>'}{widths[i]}}" for i, c in enumerate(line)).rstrip()
+    text = [
+        "  ".join(f"{c:{'<' if i < table.left else '>'}{widths[i]}}" for i, c in enumerate(line)).rstrip()
         for line in lines
-    )
+    ]
+    return "\n".join([*text, *(("", table.note) if table.note else ())])
 
 
 def _digits(value: float) -> int:

@@ -10,9 +10,11 @@ from callbacks import SynthesisCallback
 from conftest import files_of, make_miner, make_trainer
 from datamodules import ConditionDataModule
 from datamodules.sources.synthetic import SyntheticSet
+from diffusion.noise import NoiseStream
 from errors import InputError
 from lightning_modules import MinerLitModule, SynthesisLitModule
-from methods import Base, Mined
+from methods import Base, DiffAug, Mined
+from methods.method import PROBE
 from objectives import rewards
 
 KEYS = {
@@ -99,6 +101,20 @@ def test_what_is_written(synthesize, weights, source, name):
     assert (facts["source"], facts["class_names"]) == (source.name, list(source.class_names))
     assert facts["weights"] == entries[0]["weights"]
     assert set(facts["weights"]) == {"backbone", "segmenter"} | ({"miner"} if name == "miner" else set())
+
+
+@pytest.mark.parametrize("name", ["base", "miner", "diffaug"])
+def test_noise_that_was_started_from_is_written_on_request(synthesize, weights, name):
+    method = {"base": Base(), "miner": Mined(weights.miner), "diffaug": DiffAug()}[name]
+    folder = synthesize(name, method, seed=5, callback=SynthesisCallback(noise=True))
+    files = sorted((folder / "noise").iterdir())
+    if name == "diffaug":
+        assert not files
+        return
+    assert [file.name for file in files] == [f"{i:06d}.npy" for i in range(6)]
+    probe = NoiseStream(5, [3], (3, 32, 32)).draw(PROBE)[0].numpy()
+    assert (np.load(files[3]) == probe).all() == (name == "base")
+    assert np.load(files[3]).shape == (3, 32, 32)
 
 
 def test_files_are_what_the_backbone_made_and_what_was_scored(synthesize, weights, source):

@@ -19,7 +19,7 @@ def dice(a, b):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_types_shapes_ranges(family):
-    for mode, scanner in itertools.product(ALL_MODES, "ab"):
+    for mode, scanner in itertools.product(ALL_MODES, "abc"):
         image, mask, drawn = phantom(family, 0, 3, 40, mode=mode, scanner=scanner)
         assert image.shape == (CHANNELS[family], 40, 40)
         assert image.dtype == np.float32
@@ -52,7 +52,7 @@ def test_values_are_fixed_across_processes():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mode_and_scanner_keep_the_mask_and_change_the_image(family):
     reference, mask, _ = phantom(family, 0, 7, 48, mode=0)
-    for mode, scanner in itertools.product(ALL_MODES, "ab"):
+    for mode, scanner in itertools.product(ALL_MODES, "abc"):
         image, other, _ = phantom(family, 0, 7, 48, mode=mode, scanner=scanner)
         assert np.array_equal(mask, other)
         if (mode, scanner) != (0, "a"):
@@ -60,7 +60,7 @@ def test_mode_and_scanner_keep_the_mask_and_change_the_image(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scanner", ["a", "b"])
+@pytest.mark.parametrize("scanner", ["a", "b", "c"])
 def test_another_size_is_the_same_scene(family, scanner):
     for index in range(12):
         small, small_mask, mode = phantom(family, 0, index, 64, mixture="uniform", scanner=scanner)
@@ -243,7 +243,7 @@ def test_bad_source_arguments(arguments, message):
     [
         ({"mode": 5}, "mode is 5"),
         ({"mixture": "even"}, "mixture is 'even'"),
-        ({"scanner": "c"}, "scanner is 'c'"),
+        ({"scanner": "d"}, "scanner is 'd'"),
         ({"index": -1}, "index is -1"),
         ({"size": 16}, "size is 16"),
     ],

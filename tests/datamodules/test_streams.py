@@ -342,6 +342,24 @@ def test_budget_counts_multiples_of_the_real_samples(source, synthetic, budget, 
     assert loaded(source, str(synthetic), budget=budget).n_synthetic == count
 
 
+@pytest.mark.parametrize(("budget", "counts"), [(None, (9, 4)), (0.5, (2, 1)), (1.0, (3, 3))])
+def test_several_sets_share_the_budget(source, synthetic, tmp_path, budget, counts):
+    other = write_synthetic(tmp_path / "other", n=4)
+    data = loaded(source, [str(synthetic), str(other)], budget=budget)
+    joined = data.streams["synthetic"]
+    assert data.n_synthetic == len(joined) == sum(counts)
+    expected = [SyntheticSet(synthetic)[i] for i in range(counts[0])]
+    expected += [SyntheticSet(other)[i] for i in range(counts[1])]
+    for sample, same in zip([joined[i] for i in range(len(joined))], expected, strict=True):
+        assert torch.equal(sample["image"], same["image"])
+
+
+def test_a_set_too_small_for_its_share_is_named(source, synthetic, tmp_path):
+    other = write_synthetic(tmp_path / "other", n=4)
+    with refused(other, "5 were asked"):
+        loaded(source, [str(synthetic), str(other)], budget=10 / 6)
+
+
 def test_budget_follows_max_real(source, synthetic):
     data = loaded(
         source, str(synthetic), budget=2.0, max_real=3, augmentation="none", batch_size=4, steps_per_epoch=6

@@ -68,7 +68,7 @@ def test_subset_is_a_set_of_its_own(whole, tmp_path, monkeypatch, links):
     assert (output / "manifest.jsonl").read_text().splitlines() == [lines[0], lines[1], lines[4]]
     assert json.loads((output / "dataset.json").read_text()) == FACTS | {
         "n": 3,
-        "subset": [{"set": str(whole), "key": "value", "tau": 0.3, "of": 6}],
+        "subset": [{"set": str(whole), "key": "value", "tau": 0.3, "control": False, "of": 6}],
     }
     assert len(files_of(output)) == 2 * 3 + 2
     assert files_of(whole) == before
@@ -117,4 +117,14 @@ def test_a_copy_that_fails_leaves_no_set(whole, tmp_path, monkeypatch):
 def test_command(whole, tmp_path, capsys):
     main(["--set", str(whole), "--tau", "25", "--key", "kl", "--output", str(tmp_path / "out")])
     assert len(SyntheticSet(tmp_path / "out")) == 3
-    assert "3 samples with kl > 25" in capsys.readouterr().out
+    assert "3 samples, with kl > 25" in capsys.readouterr().out
+
+
+def test_control_is_as_many_of_the_first(whole, tmp_path):
+    (whole / "noise").mkdir()
+    for i in range(6):
+        np.save(whole / "noise" / f"{i:06d}.npy", np.full(3, i))
+    assert write_subset(whole, tmp_path / "out", 0.4, control=True) == 2
+    assert [entry["index"] for entry in SyntheticSet(tmp_path / "out").entries] == [0, 1]
+    assert [np.load(tmp_path / "out/noise" / f"{i:06d}.npy")[0] for i in (0, 1)] == [0, 1]
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["subset"][0]["control"] is True

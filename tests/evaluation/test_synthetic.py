@@ -98,7 +98,26 @@ def test_judge_and_anchor_are_asked_where_they_are_given(made, source):
     assert figures["samples"]["mask_fidelity"] == dsc.tolist()
     assert figures["rewards"] == {name: pytest.approx(float(value.mean())) for name, value in rewards.items()}
     assert figures["samples"]["rewards"] == {name: value.tolist() for name, value in rewards.items()}
-    assert figures["adversariality"] == pytest.approx(0.15)  # what the synthesis noted stays
+    assert figures["values"] == rewards["bounded_ce"].tolist()
+    assert figures["adversariality"] == pytest.approx(float(rewards["bounded_ce"].mean()))
+
+
+def test_noise_is_compared_with_the_prior_where_it_was_kept(made, source):
+    (made.set / "noise").mkdir()
+    rng = np.random.default_rng(0)
+    shift = np.array([0, 0.5, 0], np.float32)[:, None, None]
+    for i in range(N):
+        x_T = rng.standard_normal((3, 32, 32), np.float32) + shift
+        np.save(made.set / "noise" / f"{i:06d}.npy", x_T)
+    figures = measure(SyntheticSet(made.set), source.dataset("test"), EncoderFeatures(make_segmenter()))[
+        "noise"
+    ]
+    assert set(figures) == {"norm", "mean", "variance", "low_frequencies"}
+    assert figures["mean"]["value"] == pytest.approx(0.5, abs=0.06)
+    assert figures["mean"]["z"] == pytest.approx(0.5 * (N * 32 * 32) ** 0.5, abs=4)
+    assert abs(figures["variance"]["z"]) < 4
+    assert figures["norm"]["value"] == pytest.approx((1 + 0.25 / 3) ** 0.5, abs=0.02)
+    assert figures["low_frequencies"]["z"] > 10
 
 
 def test_modes_are_learnt_from_the_split_that_shows_them(made, source):
@@ -163,6 +182,7 @@ def test_command_writes_the_figures_and_the_examples(made, tmp_path, monkeypatch
         "split": "val",
         "encoder": made.weights,
         "examples": examples,
+        "features": tmp_path / "features.npz",
         "output": output,
     }
     main([f"--{key}={value}" for key, value in arguments.items()])
@@ -172,6 +192,10 @@ def test_command_writes_the_figures_and_the_examples(made, tmp_path, monkeypatch
     assert figures == measure(SyntheticSet(made.set), real, EncoderFeatures(segmenter), segmenter)
     assert figures["fid_extractor"] == f"NNUNet encoder {segmenter.fingerprint()[:8]}"
     assert len(list(examples.iterdir())) == 2
+    with np.load(tmp_path / "features.npz") as features:
+        expected = features_of(SyntheticSet(made.set), EncoderFeatures(segmenter))
+        np.testing.assert_allclose(features["synthetic"], expected, rtol=1e-5)
+        assert features["real"].shape == (len(real), expected.shape[1])
     assert "miner seed 3: 4 samples, adversariality 0.1500 (bounded_ce)" in capsys.readouterr().out
 
 

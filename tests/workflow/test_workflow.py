@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -6,14 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from networks.pretrained import load_pretrained
+from networks.segmenter import Segmenter
+
 ROOT = Path(__file__).parents[2]
+SNAKEMAKE = (sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--nolock")
 EXPERIMENTS = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
 
 
 def snakemake(configfile: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--nolock"]
     done = subprocess.run(
-        [*command, "--configfile", str(configfile), "--cores", "2", *options],
+        [*SNAKEMAKE, "--configfile", str(configfile), "--cores", "2", *options],
         cwd=ROOT,
         env=os.environ | {"DATA_ROOT": "/nowhere"},
         capture_output=True,
@@ -43,7 +47,9 @@ def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
     jobs = planned(snakemake(experiment, "--dry-run", "--config", f"runs={tmp_path}"))
     seeds, methods, budgets = (len(settings[key]) for key in ("seeds", "methods", "budgets"))
     assert jobs["real"] == seeds
-    assert jobs["synthesis"] == seeds * methods
+    subsets = sum("subset" in (method or {}) for method in settings["methods"].values())
+    assert jobs["synthesis"] == seeds * (methods - subsets)
+    assert jobs.get("subset", 0) == seeds * subsets
     assert jobs["union"] == seeds * methods * budgets
     assert jobs["report"] == jobs["backbone"] == jobs["reference"] == 1
 
@@ -67,6 +73,13 @@ HALF = {
 """A method that uses the network of another: half mined, half plain."""
 
 
+ROUND = {"stage": "scorer", "anchor": "seed_scorer/0.5x", "joined": ["seed_scorer"]}
+"""A second round: mined against what the first round's segmenter still gets wrong."""
+
+EASY = {"subset": {"of": "miner", "tau": -1, "control": True}}
+"""A subset that is the whole set, since no value is below 0."""
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A whole experiment of a few steps a stage, and the file that describes it."""
@@ -82,6 +95,11 @@ def tiny(tmp_path_factory):
         "data.init_args.source.init_args.n_val": 8,
     }
     settings["methods"] |= {"seed_scorer": {"stage": "scorer"}, "half": HALF}
+    settings["methods"] |= {
+        "round_2": ROUND | {"configs": ["configs/methods/seed_scorer.yaml"]},
+        "all_mined": EASY,
+    }
+    settings |= {"gain_split": "val", "side_by_side": 2}
     data = "configs/data/phantom_polyp32.yaml"
     settings["stages"] |= {
         "plain": {
@@ -102,7 +120,7 @@ def tiny(tmp_path_factory):
         if name == "miner":
             stage["arguments"]["model.init_args.truncate"] = 2
     configfile = folder / "tiny.yaml"
-    configfile.write_text(yaml.safe_dump(settings))
+    configfile.write_text(yaml.safe_dump(settings, sort_keys=False))
     output = snakemake(configfile, "--quiet", "rules")
     return folder / "tiny", configfile, settings, output
 
@@ -121,13 +139,14 @@ def test_a_finished_run_has_nothing_to_do(tiny):
 
 def test_a_changed_setting_runs_again_only_what_depends_on_it(tiny, tmp_path):
     _, _, settings, _ = tiny
-    changed = yaml.safe_load(yaml.safe_dump(settings))
+    changed = yaml.safe_load(yaml.safe_dump(settings, sort_keys=False))
     changed["stages"]["miner"]["arguments"]["model.init_args.beta"] = 0.01
     configfile = tmp_path / "changed.yaml"
-    configfile.write_text(yaml.safe_dump(changed))
+    configfile.write_text(yaml.safe_dump(changed, sort_keys=False))
     jobs = planned(snakemake(configfile, "--dry-run"))
     del jobs["all"]
-    expected = {"settings": 1, "train_method": 1, "synthesis": 2, "measure": 2, "union": 2, "report": 1}
+    expected = {"settings": 1, "train_method": 1, "synthesis": 2, "subset": 1}
+    expected |= {"measure": 3, "gain": 3, "union": 3, "report": 1}
     assert jobs == expected
 
 
@@ -136,5 +155,49 @@ def test_equal_length_for_all_arms(tiny):
     arms = [run / "seed3" / arm for arm in ("real", *(f"{method}/0.5x" for method in settings["methods"]))]
     facts = [yaml.safe_load((arm / "weights" / "training.json").read_text()) for arm in arms]
     steps = settings["stages"]["segmenter"]["arguments"]["trainer.max_steps"]
-    assert [fact["steps"] for fact in facts] == [steps] * 5
-    assert [fact["n_synthetic"] for fact in facts] == [0, 4, 4, 4, 4]
+    assert [fact["steps"] for fact in facts] == [steps] * 7
+    assert [fact["n_synthetic"] for fact in facts] == [0, 4, 4, 4, 4, 4, 4]
+
+
+def test_a_later_round_works_against_the_segmenter_of_the_one_before(tiny):
+    run, _, _, _ = tiny
+    first, second = run / "seed3/seed_scorer", run / "seed3/round_2"
+    made = [json.loads((folder / "synthetic/dataset.json").read_text()) for folder in (first, second)]
+    trained = load_pretrained(first / "0.5x/weights", Segmenter)
+    assert made[1]["weights"]["segmenter"] == trained.fingerprint() != made[0]["weights"]["segmenter"]
+    assert made[1]["seed"] == made[0]["seed"] + 10000
+    sets = yaml.safe_load((second / "0.5x/tensorboard/config.yaml").read_text())["data"]["init_args"][
+        "synthetic"
+    ]
+    assert sets == [str(folder / "synthetic") for folder in (first, second)]
+
+
+def test_a_subset_is_taken_whole(tiny):
+    run, _, _, _ = tiny
+    made = json.loads((run / "seed3/all_mined/synthetic/dataset.json").read_text())
+    assert made["subset"] == [
+        {"set": str(run / "seed3/miner/synthetic"), "key": "value", "tau": -1, "control": True, "of": 4}
+    ]
+
+
+def test_gain_and_features_lie_beside_each_set(tiny):
+    run, _, settings, _ = tiny
+    for method in settings["methods"]:
+        gain = json.loads((run / f"seed3/{method}/gain.json").read_text())
+        assert gain["split"] == "val"
+        assert (run / f"seed3/{method}/features.npz").is_file()
+
+
+def test_a_method_that_builds_on_a_later_one_is_refused(tiny, tmp_path):
+    _, _, settings, _ = tiny
+    changed = settings | {"methods": {"round_2": ROUND, **settings["methods"]}}
+    configfile = tmp_path / "changed.yaml"
+    configfile.write_text(yaml.safe_dump(changed, sort_keys=False))
+    done = subprocess.run(
+        [*SNAKEMAKE, "--dry-run", "--configfile", str(configfile), "--cores", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "round_2 builds on seed_scorer; list it before round_2" in done.stdout + done.stderr

@@ -1,0 +1,136 @@
+"""Read single files of a run, and check its settings."""
+
+import math
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from errors import InputError
+
+CURVE_POINTS = 150
+"""Most points drawn of a training curve, spread evenly over it; first and last always."""
+
+
+def read_mapping(folder: Path, name: str, parse: Callable[[str], Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Return the mapping in a file of the run.
+
+    Args:
+        folder: of the run.
+        name: of the file, relative to the folder.
+        parse: its text to its content.
+        keys: what it must have; "a.b" is key b of the mapping a.
+
+    Raises:
+        InputError: the file is missing, cannot be parsed, or lacks a key.
+    """
+    path = folder / name
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; make it with: {_command(folder)}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = str(error).splitlines()[0]
+        raise InputError(
+            f"{path} cannot be read ({problem}); delete it and run: {_command(folder)}"
+        ) from None
+    missing = [key for key in keys if not _has(content, key.split("."))]
+    if missing:
+        raise InputError(f"{path} has no {', '.join(missing)}; delete it and run: {_command(folder)}")
+    return content
+
+
+def read_features(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the features of real (R, D) and synthetic (N, D) images in an npz file of the run.
+
+    Raises:
+        InputError: the file cannot be read, lacks an array, or they are not finite or do not fit.
+    """
+    path = folder / name
+    try:
+        with np.load(path) as arrays:
+            real, synthetic = arrays["real"], arrays["synthetic"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete it and run: {_command(folder)}") from None
+    if real.ndim != 2 or synthetic.ndim != 2 or real.shape[1] != synthetic.shape[1]:
+        raise InputError(f"{path}: features {real.shape} and {synthetic.shape} must be (R, D) and (N, D)")
+    if not (np.isfinite(real).all() and np.isfinite(synthetic).all()):
+        raise InputError(f"{path}: some features are not finite; look for a damaged image")
+    return real, synthetic
+
+
+def read_scalars(logs: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Return tag, steps and values of every scalar in a folder of TensorBoard files."""
+    if not logs.is_dir():
+        return []
+    events = EventAccumulator(str(logs), size_guidance={"scalars": 0}).Reload()
+    series = []
+    for tag in events.Tags()["scalars"]:
+        if tag not in ("epoch", "hp_metric"):
+            points = evenly(events.Scalars(tag), CURVE_POINTS)
+            series.append((tag, np.array([p.step for p in points]), np.array([p.value for p in points])))
+    return series
+
+
+def check_settings(experiment: dict[str, Any], path: Path) -> None:
+    """Check the settings of an experiment that the report goes by.
+
+    Raises:
+        InputError: a setting is missing, of the wrong type, or names an unknown method.
+    """
+    for key, kind in (("budgets", int | float), ("seeds", int)):
+        values = experiment.get(key)
+        if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
+            raise InputError(f"{path}: {key} must be a list; write {key}: [...]")
+    methods = experiment.get("methods")
+    if experiment.get("highlight") not in (None, *(methods or ())):
+        raise InputError(f"{path}: highlight must be one of the methods")
+    if not isinstance(methods, dict) or not methods:
+        raise InputError(f"{path}: methods must name at least one; write methods:")
+    shown = experiment.get("embedding") or []
+    if not isinstance(shown, list) or not all(m in methods for m in shown):
+        raise InputError(f"{path}: embedding must be a list of methods; write embedding: [...]")
+    sweeps = experiment.get("sweeps") or {}
+    if not isinstance(sweeps, dict) or not all(_is_sweep(sweep, methods) for sweep in sweeps.values()):
+        raise InputError(
+            f"{path}: sweeps must map numbers to methods, by axis; write sweeps: {{axis: {{1: method}}}}"
+        )
+
+
+def finite(value: Any) -> Any:
+    """Return None for a NaN or infinite number, also inside lists and mappings; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """Return at most ``count`` items, spread evenly, the first and the last among them."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[i] for i in places]
+
+
+def _has(content: Any, path: Sequence[str]) -> bool:
+    """Return whether nested mappings have a key at the end of a path."""
+    for key in path:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
+def _is_sweep(sweep: Any, methods: dict[str, Any]) -> bool:
+    try:
+        return all(math.isfinite(float(x)) and method in methods for x, method in sweep.items())
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+def _command(folder: Path) -> str:
+    return f"make experiment NAME={folder.resolve().name}"

@@ -1,0 +1,81 @@
+import pytest
+from test_report import SEEDS, describe, make_run, skip_drawing, words
+
+from errors import InputError
+from evaluation.report.collect import Run
+from evaluation.report.page import write
+from evaluation.report.sweeps import is_logarithmic, sweep_figures, sweep_panels
+
+METHODS = ("base", "b1", "b2", "b3")
+SWEEPS = {"β": {1: "b3", 0.01: "b1", 0.1: "b2"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = make_run(tmp_path / "runs" / "tiny", methods=METHODS, budgets=(2, 1), sweeps=SWEEPS)
+    for seed in SEEDS:
+        describe(run, "base", seed, fid=9.0)
+        for place in (1, 2, 3):
+            describe(run, f"b{place}", seed, kl=10.0 * place + seed, adversariality=0.5 / place)
+    return run
+
+
+def test_panels_hold_the_numbers_in_order(run):
+    read = Run.read(run)
+    assert read.sweeps["β"] == [(0.01, "b1"), (0.1, "b2"), (1.0, "b3")]
+    panels = {panel.title: panel for panel in sweep_panels(read, "β")}
+    assert list(panels) == ["test: DSC", "shift: DSC", "adversariality", "KL to the prior"]
+    scores = panels["test: DSC"]
+    assert list(scores.lines) == ["budget 1×", "budget 2×"]
+    base = (81 + 83 + 85.5) / 3
+    assert [s.mean for s in scores.lines["budget 1×"]] == pytest.approx([base + 1, base + 2, base + 3])
+    assert [s.mean for s in scores.lines["budget 2×"]] == pytest.approx([base + 2, base + 4, base + 6])
+    assert scores.levels == pytest.approx({"real": 82, "base": base})
+    kl = panels["KL to the prior"]
+    assert [(s.mean, s.sd) for s in kl.lines["KL to the prior"]] == [(11, 1), (21, 1), (31, 1)]
+    assert (kl.unit, kl.levels) == ("nats", {"base": 0})
+
+
+def test_known_figures_are_drawn(run):
+    for seed in SEEDS:
+        describe(run, "b2", seed, fid=12.0, mask_fidelity=90.0)
+    panels = {panel.title: panel for panel in sweep_panels(Run.read(run), "β")}
+    assert {"FID", "mask fidelity"} <= set(panels)
+    assert [s.n for s in panels["FID"].lines["FID"]] == [0, 3, 0]
+    assert panels["FID"].levels == {"base": 9.0}
+    assert panels["mask fidelity"].levels == {}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "logarithmic"),
+    [([0.05, 1], True), ([0.06, 1], False), ([0, 1, 100], False), ([-1, 100], False), ([3], False)],
+)
+def test_axis_is_logarithmic_over_a_wide_positive_range(numbers, logarithmic):
+    assert is_logarithmic(numbers) is logarithmic
+
+
+def test_a_figure_per_sweep(run, monkeypatch):
+    figures = sweep_figures(Run.read(run))
+    assert list(figures) == ["β"]
+    shown = words(figures["β"])
+    assert {"β", "0.01", "0.1", "1", "budget 1×", "budget 2×", "real", "base", "nats"} <= set(shown)
+    skip_drawing(monkeypatch)
+    page = write(Run.read(run)).read_text(encoding="utf-8")
+    assert 'alt="Scores and synthetic sets against β"' in page
+    assert 'href="#sweeps"' in page
+
+
+def test_numbers_that_run_into_each_other_are_left_out(tmp_path):
+    methods = ("base", *(f"b{i}" for i in range(5)))
+    sweep = dict(zip((0, 0.1, 1, 50, 100), methods[1:], strict=True))
+    run = make_run(tmp_path / "r", methods=methods, sweeps={"w": sweep})
+    shown = words(sweep_figures(Run.read(run))["w"])
+    assert {"1", "50", "100"} <= set(shown)
+    assert "0.1" not in shown
+
+
+@pytest.mark.parametrize("sweeps", [{"β": {1: "ours"}}, {"β": {"high": "b1"}}, {"β": ["b1"]}, ["β"]])
+def test_unusable_sweeps(tmp_path, sweeps):
+    run = make_run(tmp_path / "r", methods=METHODS, sweeps=sweeps)
+    with pytest.raises(InputError, match=r"experiment\.yaml: sweeps must map numbers to methods"):
+        Run.read(run)
