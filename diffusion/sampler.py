@@ -13,6 +13,9 @@ from networks.response import Response
 
 GradientMode = Literal["stop", "full"]
 
+SIGNAL = 0.02
+"""ᾱ at which a glance reads the noise by default."""
+
 
 class Sampler:
     """DDIM with η = 0 (Song et al., ICLR 2021, equation 12), in float32.
@@ -91,6 +94,8 @@ class Sampler:
             return x_T
         if kind == "score":
             return self.initial_score(x_T, condition)
+        if kind == "glance":
+            return self.glance(x_T, condition, 1, "full").clamp(-3, 3)
         return self.rollout(x_T, condition, 1, "full").clamp(-3, 3)
 
     @torch.no_grad()
@@ -119,12 +124,50 @@ class Sampler:
         """
         if not 1 <= truncate <= len(self.pairs):
             raise ValueError(f"rollout of {truncate} steps: the schedule has {len(self.pairs)}")
-        pairs = self.pairs[:truncate]
+        return self._estimate(x_T, condition, self.pairs[:truncate], gradient)
+
+    def glance(
+        self,
+        x_T: Tensor,
+        condition: Any,
+        calls: int = 2,
+        gradient: GradientMode = "stop",
+        signal: float = SIGNAL,
+    ) -> Tensor:
+        """Return x̂_0, a latent, of a sampler that takes x_T for x_t further down the schedule.
+
+        Where ᾱ is small, DDIM moves x hardly at all: what will be seen is in the noise already, but an
+        estimate x̂_0 there is blurred by the division by √ᾱ. Read at the t where ᾱ_t has reached
+        ``signal``, the same noise shows in one call what becomes of it, and in two calls nearly how it
+        ends. The further calls are spread evenly over what is left of the schedule.
+
+        Args:
+            x_T: initial noise.
+            condition: of the masks.
+            calls: calls of the backbone.
+            gradient: as in :meth:`rollout`; under ``stop`` the constant is √(1/ᾱ_t).
+            signal: ᾱ of the first call, in (0, 1).
+
+        Raises:
+            ValueError: there are no calls, or more than timesteps left.
+        """
+        start = int((self.backbone.alphas_cumprod >= signal).sum()) - 1
+        if not 1 <= calls <= start:
+            raise ValueError(
+                f"glance of {calls} calls: choose 1 to {start}, the timesteps with ᾱ ≥ {signal:g}"
+            )
+        times = [start * (calls - i) // calls for i in range(calls)]
+        return self._estimate(x_T, condition, list(zip(times, [*times[1:], -1], strict=True)), gradient)
+
+    def _estimate(
+        self, x: Tensor, condition: Any, pairs: list[tuple[int, int]], gradient: GradientMode
+    ) -> Tensor:
+        """Return x̂_0 of the last call along a part of the schedule, differentiable in ``x``."""
         if gradient == "full":
-            return self.run(x_T, condition, pairs, self._checkpointed)[1]
+            return self.run(x, condition, pairs, self._checkpointed)[1]
         with torch.no_grad():
-            _, x_0 = self.run(x_T, condition, pairs)
-        return x_0 + (x_T - x_T.detach()) / self.terminal_alpha**0.5
+            _, x_0 = self.run(x, condition, pairs)
+        return x_0 + (x - x.detach()) / self.backbone.alpha_bar(pairs[0][0]) ** 0.5
 
     def _checkpointed(self, x_t: Tensor, t: int, condition: Any) -> Tensor:
         return checkpoint(self.epsilon, x_t, t, condition, use_reentrant=False)

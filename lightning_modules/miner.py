@@ -49,6 +49,8 @@ class MinerLitModule(SynthesisLitModule):
         kl_rate: gain of that controller's integral part, a step.
         keep_norm: rescale the shifted noise to the norm of its draw.
         truncate: calls of the backbone in a training rollout, of ``steps``.
+        glance: 0, or the calls of a glance (:meth:`Sampler.glance`) that takes the rollout's place: it
+            shows nearly the finished image, at a fraction of the calls.
         gradient: ``stop`` (the paper's temporal stop-gradient), ``full`` (through the backbone), or
             ``score_function`` (REINFORCE with an antithetic baseline; no gradient of anything frozen).
         noise: ``fresh`` (the paper's) or ``paired``.
@@ -84,6 +86,7 @@ class MinerLitModule(SynthesisLitModule):
         kl_rate: float = 0.02,
         keep_norm: bool = False,
         truncate: int = 10,
+        glance: int = 0,
         gradient: MiningGradient = "stop",
         noise: NoiseMode = "fresh",
         reference: str | None = None,
@@ -106,6 +109,8 @@ class MinerLitModule(SynthesisLitModule):
             )
         if not 1 <= truncate <= steps:
             raise InputError(f"model.truncate {truncate}: choose 1 to {steps} of the {steps} model.steps")
+        if glance < 0:
+            raise InputError(f"model.glance {glance}: choose at least 1 call of the backbone, or 0")
         if network.channels != channels:
             raise InputError(
                 f"model.miner: shifts noise of {network.channels} channels, that of {backbone} has "
@@ -135,6 +140,7 @@ class MinerLitModule(SynthesisLitModule):
         self.elites = elites
         self.diversity = diversity
         self.truncate = truncate
+        self.glance = glance
         self.gradient: MiningGradient = gradient
         self.optimizer = optimizer
         self.register_buffer("log_beta", torch.tensor(math.log(beta) if beta else -math.inf))
@@ -172,7 +178,10 @@ class MinerLitModule(SynthesisLitModule):
             response = self.sampler.response(x_T, request.condition, self.scorer.inputs)
             return self.scorer.predict(response, request.mask), None
         gradient: GradientMode = "full" if self.gradient == "full" else "stop"
-        latent = self.sampler.rollout(x_T, request.condition, self.truncate, gradient)
+        if self.glance:
+            latent = self.sampler.glance(x_T, request.condition, self.glance, gradient)
+        else:
+            latent = self.sampler.rollout(x_T, request.condition, self.truncate, gradient)
         image = self.backbone.decode(latent)
         return self._reward(image.clamp(-1, 1), request.mask), image  # no gradient where it is saturated
 

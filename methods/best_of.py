@@ -30,9 +30,11 @@ class BestOfN(Method):
 
     Args:
         n: proposals a mask.
-        by: judge proposals by the full ``sample``, N times the cost of plain sampling, or by the
-            ``estimate`` x̂_0 after ``truncate`` calls, after which only the chosen one is sampled.
+        by: judge proposals by the full ``sample``, N times the cost of plain sampling; by the
+            ``estimate`` x̂_0 after ``truncate`` calls; or by a ``glance`` of ``calls`` calls
+            (:meth:`Sampler.glance`). After the latter two only the chosen one is sampled.
         truncate: calls of the backbone before an ``estimate``, of the full schedule.
+        calls: calls of the backbone of a ``glance``.
         reward: how the anchor's difficulty is measured.
         cap: proposals with a higher reward are not eligible, unless all of a mask are, when the easiest
             is taken; None has no cap.
@@ -44,26 +46,30 @@ class BestOfN(Method):
     def __init__(
         self,
         n: int = 4,
-        by: Literal["sample", "estimate"] = "sample",
+        by: Literal["sample", "estimate", "glance"] = "sample",
         truncate: int = 10,
+        calls: int = 2,
         reward: str = "bounded_ce",
         cap: float | None = None,
     ) -> None:
         super().__init__()
         if n < 1:
             raise InputError(f"n {n}: must be at least 1 proposal a mask")
-        if by not in ("sample", "estimate"):
-            raise InputError(f"by {by!r}: is unknown; choose sample or estimate")
+        if by not in ("sample", "estimate", "glance"):
+            raise InputError(f"by {by!r}: is unknown; choose sample, estimate or glance")
         if truncate < 1:
             raise InputError(f"truncate {truncate}: must be at least 1 call of the backbone")
+        if calls < 1:
+            raise InputError(f"calls {calls}: must be at least 1 call of the backbone, better 2")
         if reward not in REWARDS:
             raise InputError(f"reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
         if cap is not None and cap < 0:
             raise InputError(f"cap {cap}: must be at least 0, since no reward is negative; null has no cap")
-        self.name = f"best_of_{n}"
+        self.name = f"best_of_{n}" if by == "sample" else f"{by}_{n}"
         self.n = n
         self.by = by
         self.truncate = truncate
+        self.calls = calls
         self.reward = reward
         self.cap = cap
 
@@ -72,6 +78,9 @@ class BestOfN(Method):
         sampler = request.sampler
         if self.by == "sample":
             return sampler.sample(x_T, request.condition)
+        if self.by == "glance":
+            estimate = sampler.glance(x_T, request.condition, self.calls)
+            return sampler.backbone.decode(estimate).clamp(-1, 1)
         if self.truncate > len(sampler.pairs):
             raise InputError(
                 f"truncate {self.truncate}: the schedule has only {len(sampler.pairs)} steps; "
@@ -96,7 +105,7 @@ class BestOfN(Method):
             best, proposal = torch.where(better, liked, best), proposal.masked_fill(better, number)
             chosen = better.view(-1, 1, 1, 1)
             image, noise = torch.where(chosen, other, image), torch.where(chosen, x_T, noise)
-        if self.by == "estimate":
+        if self.by != "sample":
             image = request.sampler.sample(noise, request.condition)
         kl = torch.full_like(reward, best_of_n_kl(self.n))
         notes = {"proposal": proposal, "proposals_mean": total / self.n, "kl": kl, "x_T": noise}

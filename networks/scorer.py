@@ -37,7 +37,7 @@ class Scorer(Pretrained):
     Args:
         channels: channels of the response (those of the noise).
         num_classes: classes of the masks, background included.
-        inputs: which response is read: ``estimate``, ``score`` or ``noise``.
+        inputs: which response is read: ``glance``, ``estimate``, ``score`` or ``noise``.
         width: features of the first layer, a multiple of 4.
         members: regressors whose predictions are averaged.
     """

@@ -192,3 +192,70 @@ def test_initial_score():
 def test_impossible_truncations(truncate):
     with pytest.raises(ValueError, match="50"):
         Sampler(Analytic("linear")).rollout(noise(), torch.zeros(()), truncate)
+
+
+class Gaussian(Analytic):
+    """The exact ε for images that are N(0, s²) in every pixel: ε = √(1 − ᾱ) x / (ᾱ s² + 1 − ᾱ)."""
+
+    s = 2.0
+
+    def epsilon(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        alpha = self.alpha_bar(int(t[0]))
+        return (1 - alpha).sqrt() * x_t / (alpha * self.s**2 + 1 - alpha)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_glance_is_ddim_from_where_the_signal_begins(schedule, calls):
+    backbone, x, condition = Analytic(schedule), noise(), torch.tensor(0.3)
+    alphas = backbone.alphas_cumprod
+    start = max(t for t in range(1000) if alphas[t] >= 0.02)
+    times = [start * (calls - i) // calls for i in range(calls)]
+    expected = x
+    for t, t_prev in zip(times, [*times[1:], -1], strict=True):
+        eps = backbone.epsilon(expected, torch.full((2,), t), condition)
+        x_0 = (expected - (1 - alphas[t]).sqrt() * eps) / alphas[t].sqrt()
+        previous = alphas[t_prev] if t_prev >= 0 else torch.tensor(1.0)
+        expected = previous.sqrt() * x_0 + (1 - previous).sqrt() * eps
+    backbone.calls = 0
+    latent = Sampler(backbone).glance(x, condition, calls)
+    assert backbone.calls == calls
+    assert torch.allclose(latent, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_glance_of_stable_diffusions_schedule_begins_at_865():
+    seen = []
+    backbone = Analytic("scaled_linear")
+    backbone.epsilon = lambda x, t, condition: seen.append(int(t[0])) or x
+    Sampler(backbone).glance(noise(), torch.zeros(()), 2)
+    assert seen == [865, 432]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_glance_shows_what_the_whole_schedule_ends_at(schedule):
+    """For Gaussian images DDIM scales the noise by s; a glance must be far nearer than a look at T is."""
+    backbone, x = Gaussian(schedule), noise(size=32)
+    sampler = Sampler(backbone)
+    final = sampler.run(x, torch.zeros(()), sampler.pairs)[0]
+    assert torch.allclose(final, backbone.s * x, rtol=0.15)
+    ratio = {
+        "glance": float((sampler.glance(x, torch.zeros(())) / final).mean()),
+        "first": float((sampler.rollout(x, torch.zeros(()), 1) / final).mean()),
+    }
+    assert abs(ratio["glance"] - 1) < 0.5 * abs(ratio["first"] - 1)
+
+
+@pytest.mark.parametrize("gradient", ["stop", "full"])
+def test_gradient_of_a_glance(gradient):
+    backbone, x_T = Gaussian("scaled_linear"), noise().requires_grad_()
+    latent = Sampler(backbone).glance(x_T, torch.zeros(()), 2, gradient)
+    (got,) = torch.autograd.grad(latent.sum(), x_T)
+    alpha = backbone.alphas_cumprod[865]
+    expected = latent.detach() / x_T if gradient == "full" else alpha.rsqrt()  # linear in x
+    assert torch.allclose(got, expected.expand_as(got), rtol=1e-4)
+
+
+@pytest.mark.parametrize("calls", [0, 866])
+def test_impossible_glances(calls):
+    with pytest.raises(ValueError, match="1 to 865"):
+        Sampler(Analytic("scaled_linear")).glance(noise(), torch.zeros(()), calls)

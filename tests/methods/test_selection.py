@@ -75,20 +75,22 @@ def test_best_of_n_is_the_hardest_proposal_and_never_easier_than_base(request_, 
     assert (value > base).any()
 
 
-@pytest.mark.parametrize("by", ["sample", "estimate"])
+@pytest.mark.parametrize("by", ["sample", "estimate", "glance"])
 def test_best_of_one_is_base(request_, by):
     image, notes = synthesize(BestOfN(1, by=by, truncate=2), request_)
     assert torch.equal(image, synthesize(Base(), request_)[0])
     assert notes["proposal"].tolist() == [0] * N
 
 
-def test_best_by_estimate_samples_only_the_chosen_one():
+@pytest.mark.parametrize("by", ["estimate", "glance"])
+def test_best_by_a_look_ahead_samples_only_the_chosen_one(by):
     backbone = Gaussian()
     request = make_request(range(N), backbone)
-    image, notes = synthesize(BestOfN(3, by="estimate", truncate=2), request)
+    image, notes = synthesize(BestOfN(3, by=by, truncate=2, calls=2), request)
     assert backbone.calls == 3 * 2 + 4
     noise = torch.stack([request.proposal(k) for k in range(3)])
-    estimates = [request.sampler.rollout(x_T, request.condition, 2).clamp(-1, 1) for x_T in noise]
+    look = request.sampler.rollout if by == "estimate" else request.sampler.glance
+    estimates = [look(x_T, request.condition, 2).clamp(-1, 1) for x_T in noise]
     rewards = torch.stack([request.reward(estimate, "bounded_ce") for estimate in estimates])
     assert torch.equal(notes["proposal"], rewards.argmax(0))
     assert len(notes["proposal"].unique()) > 1
@@ -444,6 +446,7 @@ def test_no_mixture_in_a_mixture():
 METHODS = {
     "best_of": lambda: BestOfN(3),
     "estimate": lambda: BestOfN(3, by="estimate", truncate=2, cap=0.5),
+    "glance": lambda: BestOfN(3, by="glance"),
     "gal": lambda: GAL(threshold=0.2, tries=2),
     "hat": lambda: Hat(BestOfN(2), quantile=0.2, tries=2, calibration=6),
     "mixture": lambda: Mixture([Base(), BestOfN(2), SDEdit()], [1.0, 1.0, 1.0]),
