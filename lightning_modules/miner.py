@@ -22,7 +22,7 @@ from networks.pretrained import load_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.nativeness import controlled_beta, next_log_beta, overlap, score_function
-from objectives.rewards import REWARDS, clipped
+from objectives.rewards import REWARDS, clipped, reducible
 
 _MINING_SEED = 2**32  # keeps the noise of mining apart from that of synthesis at any seed below
 
@@ -170,7 +170,9 @@ class MinerLitModule(SynthesisLitModule):
         reward = self.reward(image, mask)
         if self.reference is None:
             return reward
-        return reward - self.reducible * REWARDS[self.reward_name](self.reference(image).float(), mask)
+        return reducible(
+            reward, REWARDS[self.reward_name](self.reference(image).float(), mask), self.reducible
+        )
 
     def _judge(self, x_T: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         """Return the reward of initial noises ``(B,)``, and the estimate that it was read from."""

@@ -1,6 +1,6 @@
 """Train the seed scorer: how hard will the finished sample be, from the backbone's first response?"""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from methods.seed_scorer import SeedScorer
 from networks.pretrained import load_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
-from objectives.rewards import REWARDS
+from objectives.rewards import REWARDS, Transform, reducible
 
 _FLIPS = 200  # stream of randomness, apart from those of the data
 
@@ -59,7 +59,7 @@ class ScorerLitModule(SynthesisLitModule):
         scorer: Scorer | None = None,
         weights: str | None = None,
         reward: str = "ce",
-        transform: Literal["log", "none"] = "log",
+        transform: Transform = "log",
         reference: str | None = None,
         reducible: float = 1.0,
         flip: bool = True,
@@ -87,7 +87,7 @@ class ScorerLitModule(SynthesisLitModule):
             if reference
             else None
         )
-        self.transform = transform
+        self.transform: Transform = transform
         self.reducible = reducible
         self.flip = flip
         self.optimizer = optimizer
@@ -117,13 +117,13 @@ class ScorerLitModule(SynthesisLitModule):
 
     def target(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return φ(ℓ_anchor) − λ·φ(ℓ_reference) of images in [−1, 1] ``(B,)``."""
-
-        def phi(segmenter: Segmenter) -> Tensor:
-            value = REWARDS[self.reward_name](segmenter(image).float(), mask)
-            return (value + 1e-6).log() if self.transform == "log" else value
-
-        target = phi(self.anchor)
-        return target if self.reference is None else target - self.reducible * phi(self.reference)
+        reward = self.reward(image, mask)
+        learnt = (
+            reward
+            if self.reference is None
+            else REWARDS[self.reward_name](self.reference(image).float(), mask)
+        )
+        return reducible(reward, learnt, 0 if self.reference is None else self.reducible, self.transform)
 
     @torch.no_grad()
     def _know(self, batch: dict[str, Any]) -> None:

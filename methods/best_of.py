@@ -7,8 +7,10 @@ from torch import Tensor
 
 from errors import InputError
 from methods.method import Method, Request
+from networks.pretrained import load_pretrained
+from networks.segmenter import Segmenter
 from objectives.nativeness import best_of_n_kl
-from objectives.rewards import REWARDS
+from objectives.rewards import REWARDS, Transform, reducible
 
 
 def preference(reward: Tensor, cap: float | None) -> Tensor:
@@ -38,9 +40,13 @@ class BestOfN(Method):
         reward: how the anchor's difficulty is measured.
         cap: proposals with a higher reward are not eligible, unless all of a mask are, when the easiest
             is taken; None has no cap.
+        reference: a segmenter that has learnt more than the anchor, or its folder: proposals are then
+            compared by what is reducible, φ(ℓ_anchor) − λ·φ(ℓ_reference).
+        reducible: λ.
+        transform: φ, ``log`` or ``none``.
 
     Raises:
-        InputError: an argument is out of its range, or the reward is unknown.
+        InputError: a folder cannot be used, an argument is out of its range, or the reward is unknown.
     """
 
     def __init__(
@@ -51,6 +57,9 @@ class BestOfN(Method):
         calls: int = 2,
         reward: str = "bounded_ce",
         cap: float | None = None,
+        reference: str | Segmenter | None = None,
+        reducible: float = 1.0,
+        transform: Transform = "log",
     ) -> None:
         super().__init__()
         if n < 1:
@@ -65,6 +74,10 @@ class BestOfN(Method):
             raise InputError(f"reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
         if cap is not None and cap < 0:
             raise InputError(f"cap {cap}: must be at least 0, since no reward is negative; null has no cap")
+        if cap is not None and reference is not None:
+            raise InputError(
+                "cap and reference: choose one; a reference bars what nobody can learn by itself"
+            )
         self.name = f"best_of_{n}" if by == "sample" else f"{by}_{n}"
         self.n = n
         self.by = by
@@ -72,6 +85,13 @@ class BestOfN(Method):
         self.calls = calls
         self.reward = reward
         self.cap = cap
+        self.reference = (
+            load_pretrained(reference, Segmenter).freeze()  # type: ignore[type-abstract]
+            if isinstance(reference, str)
+            else reference
+        )
+        self.reducible = reducible
+        self.transform: Transform = transform
 
     def _judged(self, request: Request, x_T: Tensor) -> Tensor:
         """Return the images that a proposal is judged by."""
@@ -89,18 +109,31 @@ class BestOfN(Method):
         estimate = sampler.rollout(x_T, request.condition, self.truncate)
         return sampler.backbone.decode(estimate).clamp(-1, 1)
 
+    @torch.no_grad()
+    def _liked(self, request: Request, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reward of images, and what the chosen proposal has most of."""
+        reward = request.reward(image, self.reward)
+        if self.reference is None:
+            return reward, preference(reward, self.cap)
+        learnt = REWARDS[self.reward](self.reference(image).float(), request.mask)
+        return reward, reducible(reward, learnt, self.reducible, self.transform)
+
+    def fingerprints(self) -> dict[str, str]:
+        """See :meth:`Method.fingerprints`."""
+        return {} if self.reference is None else {"reference": self.reference.fingerprint()}
+
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``proposal``, ``proposals_mean`` (reward), ``kl``."""
         noise = request.proposal(0)
         image = self._judged(request, noise)
-        reward = request.reward(image, self.reward).detach()
-        best, total = preference(reward, self.cap), reward
+        reward, best = self._liked(request, image)
+        total = reward
         proposal = torch.zeros_like(reward, dtype=torch.int64)
         for number in range(1, self.n):
             x_T = request.proposal(number)
             other = self._judged(request, x_T)
-            reward = request.reward(other, self.reward).detach()
-            liked, total = preference(reward, self.cap), total + reward
+            reward, liked = self._liked(request, other)
+            total = total + reward
             better = liked > best
             best, proposal = torch.where(better, liked, best), proposal.masked_fill(better, number)
             chosen = better.view(-1, 1, 1, 1)

@@ -1,12 +1,17 @@
 """Adversariality: how hard a segmenter finds each image, given the mask that made it. Larger is harder."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Reward = Callable[[Tensor, Tensor], Tensor]
+Transform = Literal["none", "log"]
+
+FLOOR = 1e-3
+"""Added to a loss before its logarithm: what lies below is learnt, and its ratios are noise."""
 
 
 def ce(logits: Tensor, mask: Tensor) -> Tensor:
@@ -59,6 +64,23 @@ def focal(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
 REWARDS: dict[str, Reward] = {
     reward.__name__: reward for reward in (ce, bounded_ce, balanced_ce, bounded_balanced_ce, dice, focal)
 }
+
+
+def reducible(reward: Tensor, reference: Tensor, weight: float, transform: Transform = "none") -> Tensor:
+    """Return φ(ℓ_anchor) − λ·φ(ℓ_reference) ``(B,)``: what is hard, but not for one who has learnt it.
+
+    A sample that a stronger segmenter finds as hard is ambiguous or wrongly labelled: nothing in it can be
+    learnt. As in the reducible holdout loss of Mindermann et al., ICML 2022.
+
+    Args:
+        reward: ℓ_anchor ``(B,)``, never negative.
+        reference: ℓ_reference, likewise.
+        weight: λ.
+        transform: φ; ``log`` compares by ratio, ``none`` takes the losses as they are.
+    """
+    if transform == "none":
+        return reward - weight * reference
+    return (reward + FLOOR).log() - weight * (reference + FLOOR).log()
 
 
 def clipped(reward: Tensor, kappa_up: float) -> Tensor:

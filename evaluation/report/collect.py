@@ -41,6 +41,15 @@ def arm_name(method: str, budget: float) -> str:
     return method if method == REAL or not budget else f"{method} {budget:g}×"
 
 
+def own_budgets(method: dict[str, Any] | None, budgets: list[float]) -> list[float]:
+    """Return the budgets at which a method is compared: those of the experiment, unless it names its own.
+
+    A subset of another method's set is taken whole and stands at the largest.
+    """
+    settings = method or {}
+    return settings.get("budgets", [max(budgets)] if "subset" in settings else budgets)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One training of the segmenter: on real images, plus ``budget``·N synthetic ones of a method.
@@ -122,7 +131,7 @@ class Run:
             for seed in seeds
             for arm in (
                 *(Arm(name, 0, seed) for name in (REAL, *(experiment.get("real_arms") or ()))),
-                *(Arm(m, b, seed) for m in methods for b in budgets),
+                *(Arm(m, b, seed) for m in methods for b in own_budgets(experiment["methods"][m], budgets)),
             )
         ]
         made = {(m, s): f"seed{s}/{m}" for s in seeds for m in methods}

@@ -76,7 +76,7 @@ def example_grid(run: Run) -> Grid | None:
     whole = "base" if "base" in run.methods else run.methods[0]
     chosen = evenly([manifests[whole][index] for index in sorted(manifests[whole])], EXAMPLES)
     masks = [_pixels(folders[whole] / one["mask"]) for one in chosen]
-    reals = [run.folder / "reference/real/images" / f"{one['source_mask']}.png" for one in chosen]
+    reals = [run.folder / "real/images" / f"{one['source_mask']}.png" for one in chosen]
     examples = {
         m: [
             _example(folders[m], manifests[m].get(one["index"]), mask)

@@ -113,7 +113,7 @@ def budget_figure(run: Run) -> str | None:
 
     With more than :data:`FEW` methods the deviations are left out.
     """
-    budgets = sorted(run.experiment["budgets"])
+    budgets = sorted({arm.budget for arm, _ in run.tests if arm.budget})
     if len(budgets) < 2:
         return None
     summaries = summarise(run.rows)
@@ -132,7 +132,7 @@ def budget_figure(run: Run) -> str | None:
             else:
                 mark, dash = marker(method, run.arms), DASHES[rank(method, run.arms) % len(DASHES)]
                 ax.errorbar(
-                    budgets,
+                    [s.budget for s in points],
                     y,
                     None if beside else sd,
                     color=shade,

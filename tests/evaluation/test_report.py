@@ -286,8 +286,8 @@ def test_json_has_the_contracts_keys(run, monkeypatch):
 def test_page_shows_the_numbers_and_needs_no_network(run):
     write_images(run / "seed0/base/synthetic", "base", 0)
     write_images(run / "seed0/miner/synthetic", "miner", 0)
-    (run / "reference/real/images").mkdir(parents=True)
-    Image.fromarray(np.full((16, 16), 9, np.uint8)).save(run / "reference/real/images/case_0.png")
+    (run / "real/images").mkdir(parents=True)
+    Image.fromarray(np.full((16, 16), 9, np.uint8)).save(run / "real/images/case_0.png")
     log_scalars(run / "backbone", "train/loss")
     log_scalars(run / "seed1/miner_training", "miner/reward")
     page = write(Run.read(run)).read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from toy import (
 )
 
 from callbacks import SynthesisCallback
-from conftest import make_backbone, make_trainer
+from conftest import make_backbone, make_segmenter, make_trainer
 from datamodules import ConditionDataModule
 from diffusion.noise import NoiseStream
 from errors import InputError
@@ -29,7 +29,7 @@ from methods.mixture import Mixture
 from methods.sdedit import SDEdit
 from objectives.gradients import cosine, last_parameters, parameter_gradient
 from objectives.nativeness import best_of_n_kl
-from objectives.rewards import ce
+from objectives.rewards import REWARDS, ce
 
 N = 6
 
@@ -96,6 +96,24 @@ def test_best_by_a_look_ahead_samples_only_the_chosen_one(by):
     assert len(notes["proposal"].unique()) > 1
     expected = request.sampler.sample(pick(noise, rewards.argmax(0)), request.condition)
     assert torch.equal(image, expected)
+
+
+def test_a_reference_bars_what_it_has_not_learnt_either(request_):
+    images, rewards = proposals(request_, 4)
+    reference = make_segmenter(seed=7).freeze()
+    learnt = torch.stack([REWARDS["bounded_ce"](reference(image), request_.mask) for image in images])
+    for transform, weight in (("none", 1.0), ("none", 0.5), ("log", 1.0)):
+        method = BestOfN(4, reference=reference, reducible=weight, transform=transform)
+        _, notes = synthesize(method, request_)
+        score = (
+            rewards - weight * learnt
+            if transform == "none"
+            else (rewards + 1e-3).log() - (learnt + 1e-3).log()
+        )
+        assert torch.equal(notes["proposal"], score.argmax(0))
+    assert method.fingerprints() == {"reference": reference.fingerprint()}
+    same = BestOfN(4, reference=request_.anchor, reducible=1.0)  # nothing is reducible: ties go to the first
+    assert synthesize(same, request_)[1]["proposal"].tolist() == [0] * N
 
 
 def test_cap_bars_what_is_too_hard(request_):

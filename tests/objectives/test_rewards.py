@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from objectives import rewards
-from objectives.rewards import REWARDS, clipped
+from objectives.rewards import REWARDS, clipped, reducible
 
 BOUNDED = ("bounded_ce", "bounded_balanced_ce", "dice")
 
@@ -123,3 +123,12 @@ def test_clipped_has_no_gradient_above_the_cap():
     out.sum().backward()
     assert out.tolist() == pytest.approx([0.1, 0.49, 0.5, 0.5])
     assert reward.grad.tolist() == [1, 1, 0, 0]
+
+
+def test_reducible_is_what_the_reference_has_learnt():
+    anchor, reference = torch.tensor([0.5, 0.5, 0.2]), torch.tensor([0.5, 0.0, 0.4])
+    assert torch.allclose(reducible(anchor, reference, 1.0), torch.tensor([0.0, 0.5, -0.2]))
+    assert torch.allclose(reducible(anchor, reference, 2.0), torch.tensor([-0.5, 0.5, -0.6]))
+    assert torch.equal(reducible(anchor, reference, 0.0), anchor)
+    ratio = reducible(anchor, reference, 1.0, "log").exp()
+    assert torch.allclose(ratio, torch.tensor([1.0, 501.0, 0.201 / 0.401]), rtol=1e-4)

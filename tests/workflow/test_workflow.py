@@ -41,9 +41,14 @@ def planned(output: str) -> dict[str, int]:
     return table
 
 
+def resolved(experiment: Path) -> dict:
+    settings = yaml.safe_load(experiment.read_text())
+    return (resolved(ROOT / settings["extends"]) if "extends" in settings else {}) | settings
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
-    settings = yaml.safe_load(experiment.read_text())
+    settings = resolved(experiment)
     jobs = planned(snakemake(experiment, "--dry-run", "--config", f"runs={tmp_path}"))
     seeds, methods, budgets = (len(settings[key]) for key in ("seeds", "methods", "budgets"))
     assert jobs["real"] == seeds
@@ -186,6 +191,22 @@ def test_gain_and_features_lie_beside_each_set(tiny):
         gain = json.loads((run / f"seed3/{method}/gain.json").read_text())
         assert gain["split"] == "val"
         assert (run / f"seed3/{method}/features.npz").is_file()
+
+
+def test_an_extension_trains_again_only_what_it_changes(tiny, tmp_path):
+    run, configfile, _, _ = tiny
+    more = {"extends": str(configfile), "name": "more", "runs": str(run.parent), "methods": {"diffaug": None}}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+    jobs = planned(snakemake(tmp_path / "more.yaml", "--dry-run"))
+    del jobs["all"]
+    assert jobs == dict.fromkeys(("settings", "synthesis", "measure", "gain", "union", "report"), 1)
+    for folder in ("backbone", "reference", "seed3/real"):
+        assert (run.parent / "more" / folder).resolve() == (run / folder).resolve()
+    other = more | {"name": "other", "stages": {"segmenter": {"configs": [], "arguments": {}}}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    jobs = planned(snakemake(tmp_path / "other.yaml", "--dry-run"))
+    assert jobs["real"] == 1
+    assert "backbone" not in jobs
 
 
 def test_a_method_that_builds_on_a_later_one_is_refused(tiny, tmp_path):
