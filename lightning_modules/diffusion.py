@@ -69,7 +69,8 @@ class DiffusionLitModule(L.LightningModule):
         shape = self.backbone.noise_shape((image.shape[-2], image.shape[-1]))
         noise = NoiseStream(self.seed, batch["index"].tolist(), shape, self.device)
         t = noise.integers(len(self.backbone.alphas_cumprod), stream + 1)
-        return self.backbone.training_loss(image, mask, noise.draw(stream), t)
+        chance = noise.scalars(lambda rng: rng.random(), stream + 1)
+        return self.backbone.training_loss(image, mask, noise.draw(stream), t, chance)
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Return the loss of the real stream."""

@@ -58,7 +58,9 @@ class Backbone(Pretrained, ABC):
         """Return images ``(B, C, H, W)`` for final latents; differentiable, not clipped."""
 
     @abstractmethod
-    def training_loss(self, image: Tensor, mask: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
+    def training_loss(
+        self, image: Tensor, mask: Tensor, epsilon: Tensor, t: Tensor, chance: Tensor
+    ) -> Tensor:
         """Return the backbone's own training loss, a scalar.
 
         Args:
@@ -66,6 +68,7 @@ class Backbone(Pretrained, ABC):
             mask: int64 ``(B, H, W)``.
             epsilon: standard normal noise ``(B, *noise_shape)``.
             t: int64 timesteps ``(B,)``.
+            chance: uniform numbers in [0, 1) ``(B,)`` for what the loss leaves to chance.
         """
 
     def alpha_bar(self, t: Tensor | int) -> Tensor:

@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from conftest import make_backbone
 from diffusion.backbones import SegDiff
 from diffusion.noise import NoiseStream
+from errors import InputError
 
 
 @pytest.fixture
@@ -16,6 +17,7 @@ def batch():
         "mask": torch.randint(0, 2, (4, 16, 16)),
         "epsilon": torch.randn(4, 3, 16, 16),
         "t": torch.tensor([0, 10, 500, 999]),
+        "chance": torch.tensor([0.0, 0.3, 0.6, 0.9]),
     }
 
 
@@ -31,6 +33,38 @@ def test_training_loss_is_the_formula(batch, encoding, schedule):
         predicted = backbone.unet(torch.cat([x_t, channel], 1), batch["t"]).sample
         loss = backbone.training_loss(**batch)
     assert loss.item() == pytest.approx(F.mse_loss(predicted, batch["epsilon"]).item(), rel=1e-5)
+
+
+def test_a_share_of_the_masks_is_hidden_in_training(batch):
+    backbone = make_backbone(unconditional=0.5)
+    x_t = DDPMScheduler(1000, 1e-4, 0.02, "linear").add_noise(batch["image"], batch["epsilon"], batch["t"])
+    channel = batch["mask"][:, None].float()
+    channel[:2] = -1
+    with torch.no_grad():
+        predicted = backbone.unet(torch.cat([x_t, channel], 1), batch["t"]).sample
+        loss = backbone.training_loss(**batch)
+    assert loss.item() == pytest.approx(F.mse_loss(predicted, batch["epsilon"]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+def test_guidance_goes_from_the_hidden_mask_past_the_mask(batch, guidance):
+    backbone = make_backbone(unconditional=0.1, guidance=guidance).eval()
+    x, t, condition = batch["image"], batch["t"], backbone.condition(batch["mask"])
+    with torch.no_grad():
+        with_mask, without = (
+            backbone.unet(torch.cat([x, channel], 1), t).sample
+            for channel in (condition, -torch.ones_like(condition))
+        )
+        eps = backbone.epsilon(x, t, condition)
+    assert torch.allclose(eps, without + guidance * (with_mask - without), atol=1e-5)
+    assert not torch.allclose(with_mask, without, atol=1e-3)
+
+
+def test_guidance_needs_a_model_that_has_seen_hidden_masks():
+    with pytest.raises(InputError, match=r"guidance 2\.5: needs a model trained with unconditional"):
+        SegDiff(guidance=2.5)
+    with pytest.raises(InputError, match=r"unconditional 1\.0"):
+        SegDiff(unconditional=1.0)
 
 
 def test_index_encoding():
@@ -90,7 +124,7 @@ def test_it_learns():
         noise = NoiseStream(0, range(8 * step, 8 * step + 8), (3, 8, 8))
         mask = noise.integers(2, 2)[:, None, None].expand(8, 8, 8)
         image = (mask[:, None].float() - 0.5).expand(8, 3, 8, 8)
-        loss = backbone.training_loss(image, mask, noise.draw(), noise.integers(1000, 1))
+        loss = backbone.training_loss(image, mask, noise.draw(), noise.integers(1000, 1), torch.zeros(8))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
