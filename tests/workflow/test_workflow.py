@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evaluation.report.collect import own_budgets
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
 
@@ -50,12 +51,13 @@ def resolved(experiment: Path) -> dict:
 def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
     settings = resolved(experiment)
     jobs = planned(snakemake(experiment, "--dry-run", "--config", f"runs={tmp_path}"))
-    seeds, methods, budgets = (len(settings[key]) for key in ("seeds", "methods", "budgets"))
-    assert jobs["real"] == seeds
+    seeds, methods = len(settings["seeds"]), len(settings["methods"])
+    assert jobs["real"] == seeds * (1 + len(settings.get("real_arms", {})))
     subsets = sum("subset" in (method or {}) for method in settings["methods"].values())
     assert jobs["synthesis"] == seeds * (methods - subsets)
     assert jobs.get("subset", 0) == seeds * subsets
-    assert jobs["union"] == seeds * methods * budgets
+    arms = sum(len(own_budgets(method, settings["budgets"])) for method in settings["methods"].values())
+    assert jobs["union"] == seeds * arms
     assert jobs["report"] == jobs["backbone"] == jobs["reference"] == 1
 
 
