@@ -32,7 +32,7 @@ MINER = ["--model.init_args.miner=Miner", "--model.init_args.miner.init_args.cha
 
 def command(verb, stage, root, *args, network=None):
     """Arguments of a stage, built from the shipped files, on a handful of images."""
-    files = [f"stages/{stage}", "data/phantom_polyp32", *([network] if network else [])]
+    files = [f"stages/{stage}", "data/phantom_longtail32", *([network] if network else [])]
     return [
         verb,
         *(f"--config={CONFIGS / file}.yaml" for file in files),

@@ -107,7 +107,7 @@ def tiny(tmp_path_factory):
         "all_mined": EASY,
     }
     settings |= {"gain_split": "val", "side_by_side": 2}
-    data = "configs/data/phantom_polyp32.yaml"
+    data = "configs/data/phantom_longtail32.yaml"
     settings["stages"] |= {
         "plain": {
             "configs": ["configs/stages/synthesis.yaml", data],
