@@ -40,14 +40,14 @@ class SynthesisCallback(BasePredictionWriter):
         folder: where the set goes, relative to ``trainer.default_root_dir``. A set that
             is already there is replaced; anything else is refused.
         noise: also write the initial noise of each sample, ``noise/<index>.npy`` (float32, without the
-            batch), where the method starts from one: ``latents`` for any other pipeline, and what
-            ``evaluation.synthetic`` compares with N(0, I).
+            batch), where the method starts from one and it takes no more than this many KiB: ``latents``
+            for any other pipeline, and what ``evaluation.synthetic`` compares with N(0, I). 0 is never.
 
     Raises:
         InputError: ``folder`` exists and is no synthetic set.
     """
 
-    def __init__(self, folder: str = "synthetic", noise: bool = False) -> None:
+    def __init__(self, folder: str = "synthetic", noise: int = 0) -> None:
         super().__init__(write_interval="batch")
         self.noise = noise
         self.argument = folder
@@ -85,7 +85,7 @@ class SynthesisCallback(BasePredictionWriter):
         """Write the samples of a batch and their lines of the manifest."""
         images = prediction["image"].cpu().numpy()
         masks = prediction["mask"].cpu().numpy().astype(np.uint8)
-        noise = prediction["noise"].cpu().numpy() if self.noise and prediction["noise"] is not None else None
+        noise = None if prediction["noise"] is None else prediction["noise"].float().cpu().numpy()
         notes = {key: [_defined(v) for v in value.tolist()] for key, value in prediction["notes"].items()}
         values = prediction["value"].tolist()
         lines = []
@@ -94,7 +94,7 @@ class SynthesisCallback(BasePredictionWriter):
             image = images[i, 0] if images.shape[1] == 1 else images[i].transpose(1, 2, 0)
             _save_png(image, self.partial / files["image"])
             _save_png(masks[i], self.partial / files["mask"])
-            if noise is not None and np.isfinite(noise[i]).all():
+            if noise is not None and noise[i].nbytes <= 1024 * self.noise and np.isfinite(noise[i]).all():
                 np.save(self.partial / "noise" / f"{index:06d}.npy", noise[i])
             entry = {
                 "index": index,

@@ -270,7 +270,7 @@ def test_two_processes_synthesise_the_same_set(runs, tmp_path):
     two_processes(command("predict", "synthesis", tmp_path / "two", *args))
     one, two = (files_of(tmp_path / name / "synthetic") for name in ("one", "two"))
     assert set(one) == set(two)
-    assert len(one) == 16
+    assert len(one) == 3 * 7 + 2
     assert [name for name in one if one[name] != two[name]] == ["dataset.json", "manifest.jsonl"]
     entries = [[json.loads(line) for line in files["manifest.jsonl"].splitlines()] for files in (one, two)]
     for first, second in zip(*entries, strict=True):

@@ -106,8 +106,11 @@ def test_what_is_written(synthesize, weights, source, name):
 @pytest.mark.parametrize("name", ["base", "miner", "diffaug"])
 def test_noise_that_was_started_from_is_written_on_request(synthesize, weights, name):
     method = {"base": Base(), "miner": Mined(weights.miner), "diffaug": DiffAug()}[name]
-    folder = synthesize(name, method, seed=5, callback=SynthesisCallback(noise=True))
+    folder = synthesize(name, method, seed=5, callback=SynthesisCallback(noise=12))
     files = sorted((folder / "noise").iterdir())
+    if name == "base":
+        less = synthesize("less", method, seed=5, callback=SynthesisCallback(noise=11))
+        assert not list((less / "noise").iterdir())
     if name == "diffaug":
         assert not files
         return
