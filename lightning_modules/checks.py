@@ -1,6 +1,7 @@
 """Checks of one part of a run against another, before anything is trained."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -8,6 +9,9 @@ from datamodules.sources import Source
 from diffusion.backbones import Backbone
 from errors import InputError
 from networks import Segmenter
+from networks.pretrained import Pretrained, load_pretrained
+
+Network = TypeVar("Network", bound=Pretrained)
 
 
 def check_image_set(source: Source, network: Backbone | Segmenter, argument: str) -> None:
@@ -31,6 +35,28 @@ def check_image_set(source: Source, network: Backbone | Segmenter, argument: str
             f"{argument}: has {network.num_classes} classes, {source.name} has {source.num_classes} "
             f"({', '.join(source.class_names)}); set num_classes to match, or give a network trained on them"
         )
+
+
+def started(network: Network, weights: str | None, argument: str) -> Network:
+    """Return the network to train: a new one, or a trained one of the same architecture.
+
+    Args:
+        network: as configured.
+        weights: folder of trained weights to start from; None starts anew.
+        argument: the command-line argument that configures the network.
+
+    Raises:
+        InputError: the weights cannot be read, or are of another architecture.
+    """
+    if weights is None:
+        return network
+    trained = load_pretrained(weights, type(network)).train()
+    if trained.settings() != network.settings():
+        raise InputError(
+            f"model.weights {weights}: holds another architecture than {argument} "
+            f"({trained.settings()}, not {network.settings()}); set {argument} to match"
+        )
+    return trained
 
 
 def check_checkpoint(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

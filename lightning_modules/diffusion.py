@@ -13,7 +13,7 @@ from datamodules.sources import Source
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
-from lightning_modules.checks import check_checkpoint, check_image_set
+from lightning_modules.checks import check_checkpoint, check_image_set, started
 
 _TRAIN, _VALIDATE = 100, 200  # noise streams; each uses two
 
@@ -29,7 +29,12 @@ class DiffusionLitModule(L.LightningModule):
         optimizer: builds the optimiser from the parameters that learn.
         warmup_steps: steps of linear warm-up.
         sampling_steps: DDIM steps of the preview pictures.
+        weights: folder of a trained backbone to start from, of the same architecture as ``backbone``; a
+            network that knows no size can so be trained on small images first, and then on large ones.
         seed: seed of timesteps and noise.
+
+    Raises:
+        InputError: ``weights`` cannot be read, or are of another architecture.
     """
 
     def __init__(
@@ -38,9 +43,11 @@ class DiffusionLitModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         warmup_steps: int = 500,
         sampling_steps: int = 50,
+        weights: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        backbone = started(backbone, weights, "model.backbone")
         self.backbone = backbone.to(memory_format=torch.channels_last)  # a quarter faster on the CPU
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps

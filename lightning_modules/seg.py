@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from datamodules.sources import Source
 from datamodules.streams import item_generator
-from errors import InputError
 from evaluation.metrics import SegmentationScore
-from lightning_modules.checks import check_checkpoint, check_image_set
-from networks.pretrained import load_pretrained, training_facts
+from lightning_modules.checks import check_checkpoint, check_image_set, started
+from networks.pretrained import training_facts
 from networks.segmenter import Segmenter
 from objectives.segmentation import dice_ce
 
@@ -106,14 +105,7 @@ class SegLitModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.segmenter = segmenter
-        if weights is not None:
-            self.segmenter = load_pretrained(weights, type(segmenter)).train()
-            if self.segmenter.settings() != segmenter.settings():
-                raise InputError(
-                    f"model.weights {weights}: holds another architecture than model.segmenter "
-                    f"({self.segmenter.settings()}, not {segmenter.settings()}); set model.segmenter to match"
-                )
+        self.segmenter = started(segmenter, weights, "model.segmenter")
         self.training_facts = training_facts(weights) if weights else {}
         self.cutmix = cutmix
         self.copy_paste = copy_paste

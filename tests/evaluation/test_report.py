@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from errors import InputError
 from evaluation.report.__main__ import main
-from evaluation.report.collect import SET_KEYS, Run
+from evaluation.report.collect import SET_KEYS, Run, own_budgets
 from evaluation.report.examples import EXAMPLES, example_grid
 from evaluation.report.figures import budget_figure
 from evaluation.report.inputs import CURVE_POINTS
@@ -350,6 +350,26 @@ def test_budgets_are_drawn_when_there_are_several(run, tmp_path):
     assert budget_figure(Run.read(run)) is None
     several = make_run(tmp_path / "several", budgets=(1, 0.5))
     assert words(budget_figure(Run.read(several))).count("miner") == 2
+
+
+def test_a_method_may_have_budgets_of_its_own(tmp_path):
+    whole = {"subset": {"of": "miner", "tau": 0.3}}
+    assert own_budgets(None, [1, 3]) == [1, 3]
+    assert own_budgets(whole, [1, 3]) == [3]
+    assert own_budgets(whole | {"budgets": [16]}, [1, 3]) == [16]
+    methods = {"base": None, "miner": {"budgets": [6]}}
+    run = make_run(tmp_path / "run", budgets=(1, 6))
+    settings = yaml.safe_load((run / "experiment.yaml").read_text())
+    put(run / "experiment.yaml", yaml.safe_dump(settings | {"methods": methods, "budgets": [1]}))
+    found = Run.read(run)
+    assert [(arm.method, arm.budget) for arm, _ in found.tests[:3]] == [
+        ("real", 0),
+        ("base", 1),
+        ("miner", 6),
+    ]
+    assert "miner" in words(budget_figure(found))
+    lines = [line[1] for line in headline_table(found).cells]
+    assert lines[:3] == ["real", "base 1×", "miner 6×"]
 
 
 def test_cap_is_the_one_the_miner_was_trained_with(run):

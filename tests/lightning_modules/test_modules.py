@@ -11,6 +11,7 @@ from callbacks import ExportWeights
 from conftest import make_backbone, make_miner, make_segmenter, make_trainer
 from datamodules import ConditionDataModule, SegDataModule
 from datamodules.sources import PhantomSource
+from diffusion.backbones import SegDiff
 from errors import InputError
 from lightning_modules import DiffusionLitModule, MinerLitModule, SegLitModule, SynthesisLitModule
 from lightning_modules.seg import copy_paste, paired_cutmix
@@ -309,6 +310,16 @@ def test_mining_can_start_from_trained_weights(weights):
     module = mining(weights, miner=None, weights=weights.miner)
     assert module.fingerprints()["miner"] == load_pretrained(weights.miner, type(module.miner)).fingerprint()
     assert all(p.requires_grad for p in module.miner.parameters())
+
+
+def test_a_backbone_can_start_from_trained_weights(weights):
+    trained = load_pretrained(weights.backbone, SegDiff)
+    module = DiffusionLitModule(make_backbone(seed=9), weights=weights.backbone)
+    assert module.backbone.fingerprint() == trained.fingerprint()
+    assert module.backbone.training
+    assert all(p.requires_grad for p in module.backbone.parameters())
+    with pytest.raises(InputError, match="another architecture"):
+        DiffusionLitModule(make_backbone(block_out_channels=(8, 8)), weights=weights.backbone)
 
 
 def test_parts_that_do_not_fit(weights, source, tmp_path):
