@@ -28,7 +28,7 @@ class InterruptAfterEpoch(Callback):
 
 
 def fit(folder: Path, *more: str) -> None:
-    layers = ("stages/segmenter", "data/phantom_polyp32", "segmenters/nnunet_rgb32")
+    layers = ("stages/segmenter", "data/phantom_longtail32", "segmenters/nnunet_rgb32")
     cli.main(
         [
             "fit",
