@@ -212,3 +212,22 @@ def test_best_of_n_notes_its_kl(weights, batch):
     with torch.no_grad():
         _, notes = BestOfN(4).synthesize(module.request(batch))
     assert notes["kl"].tolist() == pytest.approx([math.log(4) - 0.75] * 3)
+
+
+@pytest.mark.parametrize("gradient_mode", ["stop", "full"])
+def test_a_glance_takes_the_rollouts_place(weights, batch, gradient_mode):
+    module = mining(weights, glance=2, gradient=gradient_mode, beta=0.0)
+    request = module.request(batch, 2**32)
+    x_T, _, _ = module.method.shift(request)
+    image = module.sampler.glance(x_T, request.condition, 2, gradient_mode).clamp(-1, 1)
+    expected = bounded_ce(module.anchor(image), batch["mask"]).mean()
+    found = objective(module, batch)
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.allclose(gradient(module, found), gradient(module, expected), rtol=1e-3, atol=1e-6)
+    rolled = objective(mining(weights, gradient=gradient_mode, beta=0.0), batch)
+    assert not torch.allclose(found, rolled, rtol=1e-3)
+
+
+def test_a_glance_without_calls_is_refused(weights):
+    with pytest.raises(InputError, match="glance -1"):
+        mining(weights, glance=-1)

@@ -148,7 +148,8 @@ def test_a_sample_depends_on_itself_alone(make, backbone):
     alone = [make().synthesize(make_request((i,), backbone, 3)) for i in (0, 1, 2)]
     assert torch.allclose(together, torch.cat([image for image, _ in alone]), atol=1e-4)
     for key, values in notes.items():
-        assert torch.allclose(values, torch.cat([note[key] for _, note in alone]), rtol=1e-4, atol=1e-5)
+        atol = 1e-5 if key == "x_T" else 1e-6  # after ten steps of Adam
+        assert torch.allclose(values, torch.cat([note[key] for _, note in alone]), rtol=1e-4, atol=atol)
 
 
 @each_method
