@@ -22,7 +22,7 @@ from networks.pretrained import load_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.nativeness import controlled_beta, next_log_beta, overlap, score_function
-from objectives.rewards import REWARDS, clipped, reducible
+from objectives.rewards import REWARDS, Transform, clipped, reducible
 
 _MINING_SEED = 2**32  # keeps the noise of mining apart from that of synthesis at any seed below
 
@@ -54,8 +54,10 @@ class MinerLitModule(SynthesisLitModule):
         gradient: ``stop`` (the paper's temporal stop-gradient), ``full`` (through the backbone), or
             ``score_function`` (REINFORCE with an antithetic baseline; no gradient of anything frozen).
         noise: ``fresh`` (the paper's) or ``paired``.
-        reference: folder of a stronger segmenter; the reward is then the reducible ℓ_anchor − λ·ℓ_reference.
+        reference: folder of a stronger segmenter; the reward is then the reducible
+            φ(ℓ_anchor) − λ·φ(ℓ_reference), in whose units κ_up caps it.
         reducible: λ.
+        transform: φ, ``log`` or ``none``; of no account without a reference.
         elites: 0, or N ≥ 2: learn the noise of the hardest of N plain draws a mask, by likelihood,
             instead of climbing the reward.
         scorer: folder of a seed scorer whose prediction is climbed in one call of the backbone, instead
@@ -91,6 +93,7 @@ class MinerLitModule(SynthesisLitModule):
         noise: NoiseMode = "fresh",
         reference: str | None = None,
         reducible: float = 1.0,
+        transform: Transform = "log",
         elites: int = 0,
         scorer: str | None = None,
         others: Sequence[str] = (),
@@ -134,6 +137,7 @@ class MinerLitModule(SynthesisLitModule):
         self.scorer = _frozen(scorer, Scorer)
         self.others = torch.nn.ModuleList(load_pretrained(other, Miner).freeze() for other in others)
         self.reducible = reducible
+        self.transform: Transform = transform
         self.kappa_up = kappa_up
         self.kl_budget = kl_budget
         self.kl_rate = kl_rate
@@ -170,9 +174,8 @@ class MinerLitModule(SynthesisLitModule):
         reward = self.reward(image, mask)
         if self.reference is None:
             return reward
-        return reducible(
-            reward, REWARDS[self.reward_name](self.reference(image).float(), mask), self.reducible
-        )
+        learnt = REWARDS[self.reward_name](self.reference(image).float(), mask)
+        return reducible(reward, learnt, self.reducible, self.transform)
 
     def _judge(self, x_T: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         """Return the reward of initial noises ``(B,)``, and the estimate that it was read from."""

@@ -196,19 +196,21 @@ def test_gain_and_features_lie_beside_each_set(tiny):
 
 
 def test_an_extension_trains_again_only_what_it_changes(tiny, tmp_path):
-    run, configfile, _, _ = tiny
-    more = {"extends": str(configfile), "name": "more", "runs": str(run.parent), "methods": {"diffaug": None}}
+    run, configfile, settings, _ = tiny
+    methods = {"base": settings["methods"]["base"], "diffaug": None}
+    more = {"extends": str(configfile), "name": "more", "runs": str(run.parent), "methods": methods}
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
     jobs = planned(snakemake(tmp_path / "more.yaml", "--dry-run"))
     del jobs["all"]
     assert jobs == dict.fromkeys(("settings", "synthesis", "measure", "gain", "union", "report"), 1)
-    for folder in ("backbone", "reference", "seed3/real"):
+    for folder in ("backbone", "reference", "seed3/real", "seed3/base"):
         assert (run.parent / "more" / folder).resolve() == (run / folder).resolve()
-    other = more | {"name": "other", "stages": {"segmenter": {"configs": [], "arguments": {}}}}
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    jobs = planned(snakemake(tmp_path / "other.yaml", "--dry-run"))
-    assert jobs["real"] == 1
+    other = more | {"stages": {"segmenter": {"configs": [], "arguments": {}}}}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(other))
+    jobs = planned(snakemake(tmp_path / "more.yaml", "--dry-run"))
+    assert (jobs["real"], jobs["synthesis"], jobs["union"]) == (1, 2, 2)
     assert "backbone" not in jobs
+    assert not (run.parent / "more/seed3/base").is_symlink()
 
 
 def test_a_method_that_builds_on_a_later_one_is_refused(tiny, tmp_path):
