@@ -21,6 +21,9 @@ from torch.utils.data import Dataset
 from datamodules.sources.source import Sample, Source
 from errors import InputError
 
+VERSION = 1
+"""Raised whenever an image changes: a figure holds for the version that it was measured on."""
+
 Family = Literal["cardiac", "abdomen", "polyp"]
 Mixture = Literal["natural", "uniform"]
 Scanner = Literal["a", "b", "c", "any"]

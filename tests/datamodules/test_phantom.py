@@ -1,14 +1,17 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import ndimage, stats
 
 from datamodules.sources import PhantomSource
-from datamodules.sources.phantom import CHANNELS, CLASS_NAMES, MODE_NAMES, MODES, phantom
+from datamodules.sources.phantom import CHANNELS, CLASS_NAMES, MODE_NAMES, MODES, VERSION, phantom
 from errors import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = tuple(CLASS_NAMES)
 ALL_MODES = range(len(MODES))
 
@@ -47,6 +50,28 @@ def test_values_are_fixed_across_processes():
     assert mode == 0
     assert np.abs(np.bincount(mask.ravel()) - [821, 44, 105, 54]).max() <= 1
     assert image.mean() == pytest.approx(-0.274, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", [(-0.3923, 0.3466, 185), (-0.1064, 0.4449, 108), (-0.2011, 0.4613, 104)]),
+        ("val", [(-0.2287, 0.4344, 104), (-0.2127, 0.4574, 152), (-0.2375, 0.4545, 127)]),
+        ("test", [(-0.0673, 0.4535, 182), (-0.1012, 0.3968, 100), (-0.3567, 0.3668, 108)]),
+        ("test_uniform", [(-0.3035, 0.3805, 101), (-0.1673, 0.3875, 113), (-0.3015, 0.3849, 125)]),
+        ("test_shift", [(-0.1742, 0.3388, 135), (-0.1139, 0.3908, 71), (-0.1977, 0.3138, 90)]),
+    ],
+)
+def test_the_long_tailed_benchmark_is_frozen(split, expected):
+    """Another figure here needs a new version, and every published number measured again."""
+    assert VERSION == 1
+    settings = yaml.safe_load((ROOT / "configs/data/phantom_longtail32.yaml").read_text())
+    source = PhantomSource(**settings["data"]["init_args"]["source"]["init_args"])
+    samples = source.dataset(split)
+    for index, (mean, spread, pixels) in zip((0, 1, len(samples) - 1), expected, strict=True):
+        assert samples[index]["image"].mean().item() == pytest.approx(mean, abs=5e-4)
+        assert samples[index]["image"].std().item() == pytest.approx(spread, abs=5e-4)
+        assert samples[index]["mask"].sum().item() == pytest.approx(pixels, abs=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -99,14 +99,14 @@ def test_a_miner_may_read_estimate_and_mask(weights, batch):
     assert gradient(module, objective(module, batch)).abs().sum() > 0
 
 
-def test_reducible_reward_takes_the_reference_off(weights, folders, batch):
-    module = mining(weights, reference=folders["reference"], reducible=0.7, beta=0.0)
+@pytest.mark.parametrize("transform", ["none", "log"])
+def test_reducible_reward_takes_the_reference_off(weights, folders, batch, transform):
+    module = mining(weights, reference=folders["reference"], reducible=0.7, transform=transform, beta=0.0)
     request, x_T, _, _ = parts(module, batch)
     image = module.sampler.rollout(x_T, request.condition, 2).clamp(-1, 1)
-    expected = bounded_ce(module.anchor(image), batch["mask"]) - 0.7 * bounded_ce(
-        make_segmenter(seed=5).eval()(image), batch["mask"]
-    )
-    assert objective(module, batch).item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    losses = [bounded_ce(f(image), batch["mask"]) for f in (module.anchor, make_segmenter(seed=5).eval())]
+    hard, learnt = losses if transform == "none" else [(loss + 1e-3).log() for loss in losses]
+    assert objective(module, batch).item() == pytest.approx((hard - 0.7 * learnt).mean().item(), rel=1e-4)
 
 
 def test_climbing_a_scorer_costs_one_call_and_has_its_gradient(weights, folders, batch):

@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from evaluation.report.collect import own_budgets
+from evaluation.report.inputs import check_settings
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
+from workflow.experiment import read
 
 ROOT = Path(__file__).parents[2]
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--nolock")
@@ -42,14 +44,10 @@ def planned(output: str) -> dict[str, int]:
     return table
 
 
-def resolved(experiment: Path) -> dict:
-    settings = yaml.safe_load(experiment.read_text())
-    return (resolved(ROOT / settings["extends"]) if "extends" in settings else {}) | settings
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
-    settings = resolved(experiment)
+    settings = read(experiment)
+    check_settings(settings, experiment)
     jobs = planned(snakemake(experiment, "--dry-run", "--config", f"runs={tmp_path}"))
     seeds, methods = len(settings["seeds"]), len(settings["methods"])
     assert jobs["real"] == seeds * (1 + len(settings.get("real_arms", {})))

@@ -1,0 +1,1 @@
+"""The chain of stages as a Snakemake workflow, and the settings that it runs."""
