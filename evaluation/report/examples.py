@@ -13,12 +13,15 @@ from PIL import Image
 from errors import InputError
 from evaluation.report.collect import Run
 from evaluation.report.inputs import evenly
-from evaluation.report.style import data_uri
+from evaluation.report.style import INK, WIDTH, data_uri, new_figure, picture, styled, to_svg
 from evaluation.report.tables import number
 
 EXAMPLES = 8
 THUMBNAIL = 96
 """Longest side of an example on the page, in pixels."""
+
+TILE = 64
+"""Side of an example on a sheet, in pixels."""
 
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
 
@@ -99,6 +102,33 @@ def example_grid(run: Run) -> Grid | None:
         seed,
         100 * white if gaps else None,
     )
+
+
+@styled
+def example_sheet(grid: Grid) -> str:
+    """Return the lines of a grid as one figure, the differences to base beside them; a data URI."""
+    lines = [line + grid.gaps.get(name, []) for name, line in grid.lines.items()]
+    columns, gap = max(map(len, lines)), TILE // 8
+    step = TILE + gap
+    sheet = np.full((step * len(lines), step * columns, 3), 255, dtype=np.uint8)
+    for row, line in enumerate(lines):
+        for column, one in enumerate(line):
+            if one.uri is not None:
+                with Image.open(io.BytesIO(picture(one.uri))) as image:
+                    tile = image.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)
+                sheet[row * step :, column * step :][:TILE, :TILE] = np.asarray(tile)
+    figure = new_figure(WIDTH * len(lines) / (columns + 2))
+    axes = figure.subplots()
+    axes.imshow(sheet, interpolation="none")
+    axes.set_yticks([row * step + TILE / 2 for row in range(len(lines))], list(grid.lines), color=INK)
+    heads = ["images"] + ["|image − base|"] * bool(grid.gaps)
+    axes.set_xticks([(k + 0.5) * step * EXAMPLES for k in range(len(heads))], heads, color=INK)
+    axes.xaxis.tick_top()
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return to_svg(figure)
 
 
 def _manifest(folder: Path) -> dict[int, dict[str, Any]]:

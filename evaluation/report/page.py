@@ -14,7 +14,7 @@ import jinja2
 
 from evaluation.report.collect import MORE_SET_KEYS, REAL, SET_KEYS, Run, arm_name
 from evaluation.report.embedding import MOST, embedding_figure
-from evaluation.report.examples import example_grid
+from evaluation.report.examples import Grid, example_grid, example_sheet
 from evaluation.report.figures import (
     FEW,
     budget_figure,
@@ -28,7 +28,7 @@ from evaluation.report.gain import gain_figure, gain_table
 from evaluation.report.inputs import CURVE_POINTS, finite
 from evaluation.report.sets import mode_accuracy, mode_figure, nativeness_figure, yardstick
 from evaluation.report.statistics import MIN_SEEDS, REFERENCES, paired_differences
-from evaluation.report.style import swatch
+from evaluation.report.style import picture, swatch
 from evaluation.report.sweeps import sweep_figures
 from evaluation.report.tables import (
     class_table,
@@ -44,8 +44,12 @@ PACKAGES = ("torch", "lightning", "diffusers", "monai", "torchmetrics")
 """Packages that the numbers depend on."""
 
 
-def write(run: Run) -> Path:
+def write(run: Run, figures: Path | None = None) -> Path:
     """Write ``report/report.json`` and ``report/report.html`` of a run, each whole or not at all.
+
+    Args:
+        run: the run.
+        figures: folder that each figure of the page is also written to, as an SVG file of its own.
 
     Returns:
         The path of the page.
@@ -63,18 +67,40 @@ def write(run: Run) -> Path:
         "rows": [asdict(row) for row in run.rows],
         "synthetic_sets": [_described(run, *key) for key in run.sets],
     }
-    page = render(run, report)
+    grid, drawn = example_grid(run), _figures(run)
+    page = _render(run, report, grid, drawn)
     folder = run.folder / "report"
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "report.json", text + "\n")
     write_atomically(folder / "report.html", page)
+    if figures is not None:
+        sheet = {} if grid is None else {"examples": example_sheet(grid)}
+        sweeps = {f"sweep_{k}": figure for k, figure in enumerate(drawn["sweeps"].values(), 1)}
+        for name, figure in {**drawn, **sheet, **sweeps}.items():
+            if isinstance(figure, str):
+                write_atomically(
+                    figures / f"{run.folder.resolve().name}_{name}.svg", picture(figure).decode()
+                )
     return folder / "report.html"
 
 
-def render(run: Run, report: dict[str, Any]) -> str:
-    """Return the page of a run, given the content of its ``report.json``."""
+def _figures(run: Run) -> dict[str, Any]:
+    """Return the figures of the page by name, as data URIs; None for one that does not apply."""
+    return {
+        "scores": scores_figure(run),
+        "budgets": budget_figure(run),
+        "nativeness": nativeness_figure(run),
+        "histogram": histogram_figure(run),
+        "modes": mode_figure(run),
+        "embedding": embedding_figure(run),
+        "gain": gain_figure(run),
+        "sweeps": sweep_figures(run),
+    }
+
+
+def _render(run: Run, report: dict[str, Any], grid: Grid | None, drawn: dict[str, Any]) -> str:
+    """Return the page of a run, given the content of its ``report.json`` and its pictures."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    grid, embedding = example_grid(run), embedding_figure(run)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -87,22 +113,15 @@ def render(run: Run, report: dict[str, Any]) -> str:
             for test_set in dict.fromkeys(row.test_set for row in run.rows)
         },
         synthetic=synthetic_table(run),
-        scores=scores_figure(run),
         lanes=has_lanes(run),
-        budgets=budget_figure(run),
         few=FEW,
-        nativeness=nativeness_figure(run),
         yardstick=yardstick(run),
-        histogram=histogram_figure(run),
         histogram_methods=histogram_methods(run),
-        modes=mode_figure(run),
         mode_accuracy=number(mode_accuracy(run), 1),
-        embedding=embedding,
         most=MOST,
         gains=gain_table(run),
-        gain=gain_figure(run),
-        sweeps=sweep_figures(run),
         grid=grid,
+        **drawn,
         curves=curve_figures(run),
         settings=_flat(run.experiment),
         swatches={method: swatch(method, run.arms) for method in (REAL, *run.arms)},

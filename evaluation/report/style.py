@@ -85,6 +85,11 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def picture(uri: str) -> bytes:
+    """Return the file that :func:`data_uri` was given."""
+    return base64.b64decode(uri.partition(",")[2])
+
+
 def new_figure(height: float) -> Figure:
     """Return an empty figure in the style of the page; the height is in inches."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the reader may have these fonts

@@ -1,9 +1,16 @@
+import base64
+import io
+import re
+
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from test_report import log_scalars, make_run, skip_drawing, words
+from PIL import Image
+from test_report import log_scalars, make_run, skip_drawing, words, write_images
 
 from evaluation.report.collect import Run
+from evaluation.report.examples import TILE, example_grid, example_sheet
 from evaluation.report.figures import (
     budget_figure,
     curve_figures,
@@ -14,7 +21,7 @@ from evaluation.report.figures import (
 )
 from evaluation.report.labels import label_points
 from evaluation.report.page import write
-from evaluation.report.style import COLOURS, MARKERS, MORE_COLOURS, colour, marker, swatch
+from evaluation.report.style import COLOURS, MARKERS, MORE_COLOURS, colour, data_uri, marker, picture, swatch
 
 METHODS = ("base", "best_of_2", "best_of_4", "miner", *(f"m{i}" for i in range(5)))
 
@@ -82,6 +89,35 @@ def test_curves_have_a_legend_of_arms_and_one_of_seeds(tmp_path):
         "seed 0",
         "seed 1",
     ]
+
+
+@pytest.fixture
+def pictured(tmp_path):
+    run = make_run(tmp_path / "pair", budgets=(1, 2))
+    for method in ("base", "miner"):
+        write_images(run / "seed0" / method / "synthetic", method, 0)
+    return run
+
+
+def test_every_figure_is_also_a_file(pictured, tmp_path):
+    write(Run.read(pictured), tmp_path / "figures")
+    files = {path.name: path.read_text() for path in (tmp_path / "figures").iterdir()}
+    assert {f"pair_{kind}.svg" for kind in ("scores", "budgets", "histogram", "examples")} <= {*files}
+    page = (pictured / "report/report.html").read_text()
+    for kind in ("scores", "budgets", "histogram"):
+        assert data_uri(files[f"pair_{kind}.svg"].encode(), "image/svg+xml") in page
+
+
+def test_sheet_shows_every_line_beside_its_differences(pictured):
+    grid = example_grid(Run.read(pictured))
+    found = re.search(r"data:image/png;base64,([^\"]+)", picture(example_sheet(grid)).decode())
+    with Image.open(io.BytesIO(base64.b64decode(found.group(1)))) as image:
+        sheet = np.asarray(image.convert("RGB"))
+    step = len(sheet) // 4  # mask, real, base, miner
+    for column, one in ((2, grid.lines["miner"][2]), (8 + 3, grid.gaps["miner"][3])):
+        with Image.open(io.BytesIO(picture(one.uri))) as image:
+            expected = np.asarray(image.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST))
+        assert np.array_equal(sheet[3 * step :, column * step :][:TILE, :TILE], expected)
 
 
 def test_names_keep_apart():
