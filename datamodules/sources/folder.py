@@ -87,6 +87,8 @@ class FolderSource(Source):
         group: regular expression with one group that finds the patient or video in a stem; the images
             of one never straddle two splits.
         tests: further test sets by name, each a whole folder.
+        n_train: keep only the first so many of ``train``, which fractions fill in random order: few
+            labelled images, while all other splits stay as they are. None keeps all.
         seed: seed of the random split by fractions; the split does not depend on the order on disk.
 
     Raises:
@@ -109,6 +111,7 @@ class FolderSource(Source):
         lists: Mapping[str, str] | None = None,
         group: str | None = None,
         tests: Mapping[str, Folder] | None = None,
+        n_train: int | None = None,
         seed: int = 0,
     ) -> None:
         root = str(_expand(root))
@@ -128,6 +131,12 @@ class FolderSource(Source):
             split = _split_by_fractions(
                 groups, DEFAULT_FRACTIONS if fractions is None else fractions, seed, self.name
             )
+        if n_train is not None:
+            if not 1 <= n_train <= len(split["train"]):
+                raise InputError(
+                    f"n_train is {n_train}; train has {len(split['train'])}: choose 1 to that many"
+                )
+            split["train"] = split["train"][:n_train]
         self._pairs = {key: [pairs[stem] for stem in split[key]] for key in _ordered(split)}
         for key, folder in (tests or {}).items():
             if key in self._pairs:

@@ -215,6 +215,14 @@ def test_fraction_counts_are_exact(tmp_path, count, fractions, expected):
     assert len(set(stems)) == sum(expected)
 
 
+def test_few_training_images_are_the_first_of_all_and_the_rest_stays(root):
+    whole, few = FolderSource(str(root)), FolderSource(str(root), n_train=2)
+    assert ids(few, "train") == ids(whole, "train")[:2]
+    assert [ids(few, split) for split in ("val", "test")] == [ids(whole, split) for split in ("val", "test")]
+    with refused("n_train is 99", "train has 7"):
+        FolderSource(str(root), n_train=99)
+
+
 def test_groups_never_straddle_splits(tmp_path):
     stems = [f"p{patient}_s{i}" for patient in range(12) for i in range(1 + patient % 4)]
     write_set(tmp_path, stems)

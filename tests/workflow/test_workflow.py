@@ -105,13 +105,12 @@ def tiny(tmp_path_factory):
         "all_mined": EASY,
     }
     settings |= {"gain_split": "val", "side_by_side": 2}
-    data = "configs/data/phantom_polyp32.yaml"
     settings["stages"] |= {
         "plain": {
-            "configs": ["configs/stages/synthesis.yaml", data],
+            "configs": ["configs/stages/synthesis.yaml"],
             "arguments": {"data.init_args.budget": 6, "data.init_args.batch_size": 48},
         },
-        "scorer": {"configs": ["configs/stages/scorer.yaml", data]},
+        "scorer": {"configs": ["configs/stages/scorer.yaml"]},
     }
     for name, stage in settings["stages"].items():
         stage["arguments"] = (
@@ -209,6 +208,18 @@ def test_an_extension_trains_again_only_what_it_changes(tiny, tmp_path):
     assert (jobs["real"], jobs["synthesis"], jobs["union"]) == (1, 2, 2)
     assert "backbone" not in jobs
     assert not (run.parent / "more/seed3/base").is_symlink()
+
+
+def test_a_backbone_may_start_from_a_pretrained_one(tiny, tmp_path):
+    _, _, settings, _ = tiny
+    stages = settings["stages"] | {"pretrain": settings["stages"]["backbone"]}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(settings | {"stages": stages, "runs": str(tmp_path)}))
+    output = snakemake(tmp_path / "first.yaml", "--dry-run", "--printshellcmds")
+    assert planned(output)["pretrain"] == 1
+    started = [line for line in output.splitlines() if "pretrain/weights" in line and "cli.py fit" in line]
+    assert len(started) == 1
+    assert f"--model.init_args.weights={tmp_path}/tiny/pretrain/weights" in started[0]
+    assert "--trainer.default_root_dir=" + f"{tmp_path}/tiny/backbone" in started[0]
 
 
 def test_a_method_that_builds_on_a_later_one_is_refused(tiny, tmp_path):
