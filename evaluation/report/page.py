@@ -113,6 +113,7 @@ def _render(run: Run, report: dict[str, Any], grid: Grid | None, drawn: dict[str
             for test_set in dict.fromkeys(row.test_set for row in run.rows)
         },
         synthetic=synthetic_table(run),
+        sizes={one["n"] for one in run.sets.values()},
         lanes=has_lanes(run),
         few=FEW,
         yardstick=yardstick(run),

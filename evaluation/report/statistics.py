@@ -70,13 +70,16 @@ def paired_differences(rows: Sequence[Row], reference: str) -> list[Summary]:
 
     Both arms of a difference have the same seed and, unless the reference is ``real``, the same budget;
     variants of ``real`` have none and are compared with ``real`` only.
-    Seeds in which either is undefined do not count.
+    Seeds in which either is undefined do not count; an arm whose reference has no such budget is left out.
     """
     by_arm = {(r.test_set, r.method, r.budget, r.seed): r for r in rows}
+    references = {(r.test_set, r.budget) for r in rows if r.method == reference}
     differences = []
     for row in rows:
         if row.method not in (REAL, reference) and (reference == REAL or row.budget):
             budget = 0 if reference == REAL else row.budget
+            if (row.test_set, budget) not in references:
+                continue
             other = by_arm.get((row.test_set, reference, budget, row.seed))
             dsc, asd = (_minus(row.dsc, other.dsc), _minus(row.asd, other.asd)) if other else (None, None)
             differences.append(replace(row, dsc=dsc, asd=asd))
