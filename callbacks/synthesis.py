@@ -103,7 +103,7 @@ class SynthesisCallback(BasePredictionWriter):
                 "method": pl_module.method.name,
                 "reward": pl_module.reward_name,
                 "value": values[i],
-                "kl": 0.0,
+                "kl": None,
                 "seconds": prediction["seconds"],
                 "calls": prediction["calls"],
                 **{key: value[i] for key, value in notes.items()},
@@ -153,6 +153,8 @@ class SynthesisCallback(BasePredictionWriter):
         if not isinstance(trainer.logger, TensorBoardLogger):
             return
         for key, name in (("value", "reward"), ("kl", "kl"), ("seconds", "seconds_per_image")):
+            if any(entry[key] is None for entry in entries):
+                continue
             values = np.array([entry[key] for entry in entries])
             trainer.logger.experiment.add_histogram(f"synthesis/{name}", values, 0)
             trainer.logger.log_metrics({f"synthesis/mean_{name}": float(values.mean())}, step=0)

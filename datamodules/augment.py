@@ -10,15 +10,21 @@ from monai.transforms import (
     RandAffined,
     RandFlipd,
     RandGaussianNoised,
+    RandGaussianSmoothd,
     RandScaleIntensityd,
+    RandScaleIntensityFixedMeand,
     RandShiftIntensityd,
+    RandSimulateLowResolutiond,
     Transform,
 )
 from monai.utils import convert_to_tensor
 
 from datamodules.sources import Sample
 
-Level = Literal["none", "flip", "full"]
+Level = Literal["none", "flip", "full", "nnunet"]
+
+GREY_SPREAD = 0.4
+"""Standard deviation of a typical image in [−1, 1]."""
 
 # Nothing here reads MONAI's metadata, and carrying it costs more than half as much again as augmenting.
 set_track_meta(False)
@@ -31,6 +37,24 @@ def _transforms(level: Level) -> list[Transform]:
         return []
     if level == "flip":
         return flips
+    if level == "nnunet":
+        # Each with a probability of its own, as nnU-Net v2 has them; its noise is of images with variance 1.
+        return [
+            RandAffined(
+                both, prob=0.2, rotate_range=np.pi, mode=["bilinear", "nearest"], padding_mode="border"
+            ),
+            RandAffined(
+                both, prob=0.2, scale_range=(-0.3, 0.4), mode=["bilinear", "nearest"], padding_mode="border"
+            ),
+            RandGaussianNoised(image, prob=0.1, std=0.3 * GREY_SPREAD),
+            RandGaussianSmoothd(image, prob=0.2, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0)),
+            RandScaleIntensityd(image, prob=0.15, factors=0.25),
+            RandScaleIntensityFixedMeand(image, prob=0.15, factors=0.25, preserve_range=True),
+            RandSimulateLowResolutiond(image, prob=0.25, zoom_range=(0.5, 1.0), upsample_mode="bicubic"),
+            RandAdjustContrastd(image, prob=0.1, gamma=(0.7, 1.5), invert_image=True, retain_stats=True),
+            RandAdjustContrastd(image, prob=0.3, gamma=(0.7, 1.5), retain_stats=True),
+            *flips,
+        ]
     return [
         *flips,
         RandAffined(
@@ -53,7 +77,8 @@ class Augmentation:
 
     Args:
         level: ``none``; ``flip`` for generative training, where changed colours would be learnt;
-            ``full`` for segmentation: flips, rotation and scale, noise, brightness, contrast, gamma.
+            ``full`` for segmentation: flips, rotation and scale, noise, brightness, contrast, gamma;
+            ``nnunet`` for segmentation: nnU-Net v2's list with its probabilities.
     """
 
     def __init__(self, level: Level = "full") -> None:

@@ -26,7 +26,7 @@ class Sampler:
 
     Attributes:
         pairs: (t, t_prev) of every step, noisiest first.
-        calls: forward passes of the backbone so far, counted by sample.
+        calls: forward passes of the backbone so far, counted by sample; guidance needs two a step.
 
     Raises:
         ValueError: the schedule has a zero terminal signal-to-noise ratio: √(1/ᾱ_T) would be infinite.
@@ -51,7 +51,7 @@ class Sampler:
 
     def epsilon(self, x_t: Tensor, t: int | Tensor, condition: Any) -> Tensor:
         """Return ε_φ(x_t, t | y), float32; t is one for the whole batch, or int64 ``(B,)``."""
-        self.calls += len(x_t)
+        self.calls += len(x_t) * self.backbone.passes
         times = (
             t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device, dtype=torch.long)
         )
@@ -83,13 +83,16 @@ class Sampler:
             x = add_noise(used, eps, self.backbone.alpha_bar(t_prev))
         return x, x_0
 
-    @torch.no_grad()
     def initial_score(self, x_T: Tensor, condition: Any) -> Tensor:
-        """Return S = −ε_φ(x_T, T | y) / √(1 − ᾱ_T), like ``x_T``, at the schedule's first timestep."""
-        return -self.epsilon(x_T, self.pairs[0][0], condition) / (1 - self.terminal_alpha) ** 0.5
+        """Return S = −ε_φ(x_T, T | y) / √(1 − ᾱ_T), like ``x_T``, at the schedule's first timestep.
+
+        Where a gradient is asked for, the backbone is called again in the backward pass.
+        """
+        eps = checkpoint(self.epsilon, x_T, self.pairs[0][0], condition, use_reentrant=False)
+        return -eps / (1 - self.terminal_alpha) ** 0.5
 
     def response(self, x_T: Tensor, condition: Any, kind: Response) -> Tensor:
-        """Return what a network reads of initial noise, like ``x_T``; an estimate is differentiable."""
+        """Return what a network reads of initial noise, like ``x_T`` and differentiable in it."""
         if kind == "noise":
             return x_T
         if kind == "score":

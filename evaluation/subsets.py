@@ -42,7 +42,8 @@ def write_subset(
     """Write the samples of a synthetic set that are above τ as a set of their own.
 
     Files are hard links where the file system has them, copies elsewhere; their names, and the lines of
-    the manifest, stay those of the whole set. ``dataset.json`` gets the new ``n`` and, under ``subset``,
+    the manifest, stay those of the whole set, but for ``kl``: conditioning on an event of probability p
+    moves a distribution by −ln p nats, and p is taken to be the share that is kept. ``dataset.json`` gets the new ``n`` and, under ``subset``,
     every selection that led there. The folder is whole or absent.
 
     Args:
@@ -82,7 +83,9 @@ def write_subset(
         noise = f"noise/{entry['index']:06d}.npy"
         if (source.folder / noise).is_file():
             _link(source.folder / noise, partial / noise)
-    (partial / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    nats = 0.0 if control else -math.log(len(kept) / len(source))
+    lines = [entry | {"kl": entry["kl"] + nats} if entry.get("kl") is not None else entry for entry in kept]
+    (partial / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
     shutil.rmtree(output, ignore_errors=True)
     os.replace(partial, output)

@@ -86,6 +86,7 @@ def measure(
     """
     made = json.loads((synthetic.folder / "dataset.json").read_text())
     values = [entry["value"] for entry in synthetic.entries]
+    divergences = [entry["kl"] for entry in synthetic.entries]
     real_features, features = features_of(real, extractor), features_of(synthetic, extractor)
     precision, recall = precision_recall(real_features, features)
     figures: dict[str, Any] = {
@@ -104,7 +105,7 @@ def measure(
         "vendi": _defined(vendi(features)),
         "seconds_per_image": mean(entry["seconds"] for entry in synthetic.entries),
         "calls_per_image": mean(entry["calls"] for entry in synthetic.entries),
-        "kl": mean(entry["kl"] for entry in synthetic.entries),
+        "kl": None if None in divergences else mean(divergences),
         "values": values,
         "samples": {},
     }

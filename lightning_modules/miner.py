@@ -130,6 +130,11 @@ class MinerLitModule(SynthesisLitModule):
             raise InputError(f"model.beta {beta}: must be positive under a kl_budget, and never negative")
         if elites == 1 or elites < 0:
             raise InputError(f"model.elites {elites}: choose at least 2 draws to select from, or 0")
+        if gradient == "score_function" and noise == "paired":
+            raise InputError(
+                "model.gradient score_function needs model.noise fresh: with paired noise the shift itself "
+                "depends on the draw, and its likelihood says nothing about the gradient"
+            )
         if elites and scorer:
             raise InputError("model.elites and model.scorer: choose one of the two")
         self.method = Mined(network, noise, keep_norm)

@@ -11,6 +11,7 @@ class Base(Method):
     name = "base"
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`Method.synthesize`."""
+        """See :meth:`Method.synthesize`; notes ``kl``, which is 0."""
         x_T = request.noise.draw(PROBE)
-        return request.sampler.sample(x_T, request.condition), {"x_T": x_T}
+        notes = {"x_T": x_T, "kl": x_T.new_zeros(len(x_T))}
+        return request.sampler.sample(x_T, request.condition), notes

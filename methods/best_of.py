@@ -27,7 +27,7 @@ class BestOfN(Method):
 
     Every sample is an untouched draw of the diffusion model, so that the set stays on its manifold
     whatever the anchor is: the yardstick of what a method that moves the noise must beat. Proposal 0 is
-    the draw of plain sampling. With ``by="sample"`` and no cap no sample is easier than that draw.
+    the draw of plain sampling. With ``by="sample"``, no cap and no reference no sample is easier than it.
     Keeping the best of N costs at most ln N nats from the prior.
 
     Args:

@@ -20,7 +20,7 @@ class DiffPGD(Method):
     timestep of the sampler's schedule and takes it back by the remaining ``t`` DDIM steps,
     δ ← clip(δ + α · sign ∇ℓ(f_ϑ(x_d), y), ±ε), and x + δ stays in the image's range. The sample is x_d of
     the last δ. As in the authors' code δ starts at 0 and every SDEdit draws new noise (from the sample's
-    own streams); their t = 3 counts from 0 and so means four steps, which here is ``t`` = 4.
+    own streams); the t = 3 of their code counts from 0 and so means four steps, which here is ``t`` = 4.
 
     Args:
         epsilon: ε, the largest change of a pixel, for images in [0, 1] (in [−1, 1] it is twice that).

@@ -44,5 +44,5 @@ class DiffAug(Method):
         t = (share * steps).long().clamp(max=steps - 1)
         alpha_bar = backbone.alpha_bar(t)
         x_t = add_noise(backbone.encode(base), request.noise.draw(NOISE), alpha_bar)
-        x_0 = predict_x0(x_t, backbone.epsilon(x_t, t, request.condition).float(), alpha_bar)
+        x_0 = predict_x0(x_t, request.sampler.epsilon(x_t, t, request.condition), alpha_bar)
         return backbone.decode(x_0).clamp(-1, 1), {"t": t}

@@ -64,8 +64,7 @@ class Mixture(Method):
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``component`` and the components' notes.
 
-        Where the component of a sample does not note what another does, NaN stands (null in a manifest);
-        for ``kl`` it is 0.
+        Where the component of a sample does not note what another does, NaN stands (null in a manifest).
         """
         drawn = request.noise.scalars(
             lambda rng: rng.choice(len(self.weights), p=np.array(self.weights)), COMPONENT
@@ -81,9 +80,7 @@ class Mixture(Method):
         keys = self._noted | dict.fromkeys(key for notes in noted for key in notes)
         merged = {"component": component}
         for key in keys:
-            lacking = image.new_full(
-                request.noise.shape if key == "x_T" else (), 0.0 if key == "kl" else math.nan
-            )
+            lacking = image.new_full(request.noise.shape if key == "x_T" else (), math.nan)
             parts = [
                 notes[key].float() if key in notes else lacking.expand(len(rows), *lacking.shape)
                 for notes, rows in zip(noted, groups, strict=True)

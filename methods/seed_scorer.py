@@ -5,7 +5,7 @@ from torch import Tensor
 
 from errors import InputError
 from methods.method import Method, Request
-from methods.mined import propose
+from methods.mined import draw, propose
 from networks.miner import Miner
 from networks.pretrained import load_pretrained
 from networks.scorer import Scorer
@@ -23,7 +23,8 @@ class SeedScorer(Method):
         n: proposals N.
         quantile: which proposal is taken, by its rank: 1 is the one expected to be hardest, 0.5 the
             median one. Less than 1 stays away from the extreme tail.
-        miner: folder of a trained miner that shifts the proposals, each by its own score (seed-paired).
+        miner: folder of a trained miner that shifts the proposals, each by its own response (seed-paired).
+        keep_norm: rescale a shifted proposal to the norm of its draw, for a miner that was trained so.
 
     Raises:
         InputError: a folder cannot be used, or an argument is out of its range.
@@ -32,7 +33,12 @@ class SeedScorer(Method):
     name = "seed_scorer"
 
     def __init__(
-        self, scorer: str | Scorer, n: int = 8, quantile: float = 1.0, miner: str | Miner | None = None
+        self,
+        scorer: str | Scorer,
+        n: int = 8,
+        quantile: float = 1.0,
+        miner: str | Miner | None = None,
+        keep_norm: bool = False,
     ) -> None:
         super().__init__()
         if n < 1:
@@ -43,6 +49,7 @@ class SeedScorer(Method):
         self.n = n
         self.rank = round(quantile * (n - 1))
         self.miner = load_pretrained(miner, Miner).freeze() if isinstance(miner, str) else miner
+        self.keep_norm = keep_norm
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``proposal``, ``predicted`` and a bound on ``kl`` in nats."""
@@ -53,7 +60,7 @@ class SeedScorer(Method):
             kl = x_T.new_zeros(len(x_T))
             if self.miner is not None:
                 shifted = propose(self.miner, request, x_T)
-                x_T, kl = shifted.rsample(x_T), shifted.kl()
+                x_T, kl = draw(shifted, x_T, self.keep_norm), shifted.kl()
             response = sampler.response(x_T, condition, self.scorer.inputs)
             proposals.append(x_T)
             divergences.append(kl)

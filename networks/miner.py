@@ -78,8 +78,8 @@ class Miner(Pretrained):
         head_width: hidden features of the two output heads; by default the authors' value for C.
         variance_bound: ΔΣ lies in ±``variance_bound``, below 1 so that the variance stays positive; 0
             keeps the variance at 1.
-        inputs: what the network reads of the probe noise: ``score`` as the paper does, ``estimate`` or
-            ``noise``.
+        inputs: what the network reads of the probe noise: ``score`` as the paper does, ``estimate``,
+            ``glance`` or ``noise``.
         num_classes: classes of the mask that is read beside it; 0 reads none, as the paper does.
     """
 

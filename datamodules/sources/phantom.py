@@ -149,6 +149,7 @@ class PhantomSource(Source):
         seed: non-negative seed of the set.
         scanner: that of ``train``, ``val`` and the first two test sets. ``any`` makes the pool of many
             centres that a generator with a broad prior is trained on.
+        train_scanner: that of ``train`` alone; None is ``scanner``.
         shift: scanner of ``test_shift``. Settings that were chosen on one are reported on the other.
 
     Raises:
@@ -165,8 +166,9 @@ class PhantomSource(Source):
         seed: int = 0,
         scanner: Scanner = "a",
         shift: Scanner = "b",
+        train_scanner: Scanner | None = None,
     ) -> None:
-        for each in (scanner, shift):
+        for each in (scanner, shift, train_scanner or scanner):
             _check(family, seed, 0, size, None, "natural", each)
         for argument, count in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
             if count < 1:
@@ -176,7 +178,7 @@ class PhantomSource(Source):
         self.channels = CHANNELS[family]
         self.size = (size, size)
         splits: dict[str, tuple[int, Mixture, Scanner]] = {
-            "train": (n_train, "natural", scanner),
+            "train": (n_train, "natural", train_scanner or scanner),
             "val": (n_val, "natural", scanner),
             "test": (n_test, "natural", scanner),
             "test_uniform": (n_test, "uniform", scanner),

@@ -19,6 +19,7 @@ class Backbone(Pretrained, ABC):
         steps_offset: offset of its DDIM timesteps under ``leading`` spacing.
         final_alpha: ᾱ that the last DDIM step ends at.
         clip_sample: whether the sampler clips every x̂_0 to [−1, 1].
+        passes: forward passes of the network in one call of ``epsilon``: 2 under guidance.
         image_channels: channels of the decoded image.
         num_classes: classes of the masks, background included.
     """
@@ -28,6 +29,7 @@ class Backbone(Pretrained, ABC):
     steps_offset: int = 0
     final_alpha: float = 1.0
     clip_sample: bool = False
+    passes: int = 1
     image_channels: int
     num_classes: int
 

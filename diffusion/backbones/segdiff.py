@@ -74,6 +74,7 @@ class SegDiff(Backbone):
             )
         self.unconditional = unconditional
         self.guidance = guidance
+        self.passes = 1 if guidance == 1 else 2
         self.image_channels = image_channels
         self.num_classes = num_classes
         self.mask_encoding = mask_encoding

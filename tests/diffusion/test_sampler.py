@@ -185,7 +185,12 @@ def test_initial_score():
     expected = -eps / math.sqrt(1 - backbone.alphas_cumprod[980].item())
     score = Sampler(backbone).initial_score(x_T.requires_grad_(), torch.tensor(0.3))
     assert torch.allclose(score, expected, rtol=1e-6)
-    assert not score.requires_grad
+    (slope,) = torch.autograd.grad(score.sum(), x_T)
+    x = x_T.detach().requires_grad_()
+    eps = backbone.epsilon(x, torch.tensor([980, 980]), torch.tensor(0.3))
+    (direct,) = torch.autograd.grad(eps.sum(), x)
+    assert torch.allclose(slope, -direct / math.sqrt(1 - backbone.alphas_cumprod[980].item()), rtol=1e-5)
+    assert slope.abs().sum() > 0
 
 
 @pytest.mark.parametrize("truncate", [0, -1, 51])

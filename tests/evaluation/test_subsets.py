@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import numpy as np
@@ -65,7 +66,11 @@ def test_subset_is_a_set_of_its_own(whole, tmp_path, monkeypatch, links):
     assert [round(float((chosen[i]["image"][0, 0, 0] + 1) * 127.5)) for i in range(3)] == [0, 1, 4]
     assert [int(chosen[i]["mask"][0, 0]) for i in range(3)] == [0, 1, 0]
     lines = (whole / "manifest.jsonl").read_text().splitlines()
-    assert (output / "manifest.jsonl").read_text().splitlines() == [lines[0], lines[1], lines[4]]
+    kept = [json.loads(lines[i]) for i in (0, 1, 4)]
+    nats = pytest.approx(math.log(6 / 3))  # three of six
+    for entry, was in zip(chosen.entries, kept, strict=True):
+        assert entry.pop("kl") - was.pop("kl") == nats
+        assert entry == was
     assert json.loads((output / "dataset.json").read_text()) == FACTS | {
         "n": 3,
         "subset": [{"set": str(whole), "key": "value", "tau": 0.3, "control": False, "of": 6}],

@@ -109,14 +109,17 @@ def test_reducible_reward_takes_the_reference_off(weights, folders, batch, trans
     assert objective(module, batch).item() == pytest.approx((hard - 0.7 * learnt).mean().item(), rel=1e-4)
 
 
-def test_climbing_a_scorer_costs_one_call_and_has_its_gradient(weights, folders, batch):
-    module = mining(weights, scorer=folders["scorer"], beta=0.0, noise="paired")
+@pytest.mark.parametrize(("inputs", "calls"), [("estimate", 2), ("score", 2), ("glance", 2), ("noise", 0)])
+def test_climbing_a_scorer_has_its_gradient_at_one_call(weights, batch, tmp_path, inputs, calls):
+    torch.manual_seed(3)
+    save_pretrained(Scorer(width=8, members=2, inputs=inputs).eval(), tmp_path / "scorer", {})
+    module = mining(weights, scorer=str(tmp_path / "scorer"), beta=0.0, noise="paired")
     before = module.sampler.calls
     ours = gradient(module, objective(module, batch))
-    assert module.sampler.calls - before == 3 * (1 + 1 + 1)  # probe, estimate, and again in the backward pass
+    assert module.sampler.calls - before == 3 * (1 + calls)  # probe; response, and again in the backward pass
     request = module.request(batch, 2**32)
     x_T, _, _ = module.method.shift(request)
-    response = module.sampler.response(x_T, request.condition, "estimate")
+    response = module.sampler.response(x_T, request.condition, inputs)
     expected = gradient(module, module.scorer.predict(response, batch["mask"]).mean())
     assert (ours - expected).norm() < 1e-4 * expected.norm()
     assert expected.norm() > 0
@@ -195,6 +198,7 @@ def test_checkpoints_hold_the_miner_alone_whatever_the_options(weights, folders)
         ({"elites": 1}, "model.elites 1"),
         ({"miner": make_miner(num_classes=5)}, "masks of 5 classes"),
         ({"reference": "nowhere"}, "nowhere"),
+        ({"gradient": "score_function", "noise": "paired"}, "score_function needs model.noise fresh"),
     ],
 )
 def test_bad_options(weights, settings, message):
