@@ -43,8 +43,8 @@ def write_subset(
 
     Files are hard links where the file system has them, copies elsewhere; their names, and the lines of
     the manifest, stay those of the whole set, but for ``kl``: conditioning on an event of probability p
-    moves a distribution by −ln p nats, and p is taken to be the share that is kept. ``dataset.json`` gets the new ``n`` and, under ``subset``,
-    every selection that led there. The folder is whole or absent.
+    moves a distribution by −ln p nats, and p is taken to be the share that is kept. ``dataset.json`` gets
+    the new ``n`` and, under ``subset``, every selection that led there. The folder is whole or absent.
 
     Args:
         folder: the whole set.

@@ -24,8 +24,10 @@ def yardstick(run: Run) -> list[str]:
 def nativeness_figure(run: Run) -> str | None:
     """Draw FID and mask fidelity against adversariality, a point per method; None where none has either.
 
-    A grey line joins the methods of the :func:`yardstick`.
+    A grey line joins the methods of the :func:`yardstick`. FID is of sets of one size only, that of base.
     """
+    size = {method: one["n"] for (method, _), one in run.sets.items()}
+    common = size[(yardstick(run) or run.methods)[0]]
     points = {
         key: {
             m: (set_spread(run, m, "adversariality").mean, set_spread(run, m, key).mean) for m in run.methods
@@ -33,6 +35,8 @@ def nativeness_figure(run: Run) -> str | None:
         for key in NATIVENESS
     }
     known = {key: {m: p for m, p in one.items() if np.isfinite(p).all()} for key, one in points.items()}
+    if "fid" in known:
+        known["fid"] = {m: p for m, p in known["fid"].items() if size[m] == common}
     known = {key: one for key, one in known.items() if one}
     if not known:
         return None

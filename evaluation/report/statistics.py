@@ -15,6 +15,7 @@ MIN_SEEDS = 3
 """Fewest seeds for which an interval is given."""
 
 REFERENCES = (REAL, "base")
+YARDSTICK = "best_of_4"
 """Arms that the others are compared with."""
 
 

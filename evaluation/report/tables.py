@@ -7,6 +7,7 @@ from evaluation.report.collect import REAL, Run, arm_name
 from evaluation.report.inputs import finite
 from evaluation.report.statistics import (
     REFERENCES,
+    YARDSTICK,
     Spread,
     paired_differences,
     set_spread,
@@ -111,9 +112,14 @@ def headline_table(run: Run) -> Table:
 
 
 def difference_table(run: Run) -> Table:
-    """Return the paired differences of every method to real and to base, with their intervals."""
-    rows = run.rows
-    found = [(r, d) for r in REFERENCES if r in (REAL, *run.methods) for d in paired_differences(rows, r)]
+    """Return the paired differences of every method to real, base and best of 4, with their intervals."""
+    known = [r for r in (*REFERENCES, YARDSTICK) if r in (REAL, *run.methods)]
+    found = [
+        (r, d)
+        for r in known
+        for d in paired_differences(run.rows, r)
+        if r != YARDSTICK or d.method not in REFERENCES
+    ]
     columns = ("ΔDSC (points)", "95 % interval", f"ΔASD ({run.asd_unit})", "95 % interval", "Seeds")
     return Table(
         ("Test set", "Difference", *columns),

@@ -208,6 +208,17 @@ def test_source_describes_itself():
         source.dataset("tset")
 
 
+def test_training_images_alone_may_be_of_another_scanner():
+    plain = PhantomSource("polyp", size=32, n_train=8, n_val=8, n_test=8)
+    other = PhantomSource("polyp", size=32, n_train=8, n_val=8, n_test=8, train_scanner="b")
+    for split in plain.splits:
+        pairs = zip(plain.dataset(split), other.dataset(split), strict=True)
+        same = all(torch.equal(a["image"], b["image"]) for a, b in pairs)
+        assert same == (split != "train")
+        pairs = zip(plain.dataset(split), other.dataset(split), strict=True)
+        assert all(torch.equal(a["mask"], b["mask"]) for a, b in pairs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_do_not_depend_on_counts_or_order(family):
     small, large = PhantomSource(family, 32, n_train=4), PhantomSource(family, 32, n_train=4096)

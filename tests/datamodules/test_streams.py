@@ -87,7 +87,7 @@ def test_sampler_starts_where_the_training_stands():
 # --------------------------------------------------------------------------------- augmentation
 
 
-@pytest.mark.parametrize("level", ["flip", "full"])
+@pytest.mark.parametrize("level", ["flip", "full", "nnunet"])
 def test_same_generator_same_augmentation(level):
     augment, twin = Augmentation(level), Augmentation(level)
     torch.manual_seed(0)
@@ -102,8 +102,9 @@ def test_none_changes_nothing():
     assert Augmentation("none")(sample, item_generator(0, 0)) is sample
 
 
-def test_types_and_ranges_of_augmented_samples():
-    augment, changed = Augmentation("full"), 0
+@pytest.mark.parametrize("level", ["full", "nnunet"])
+def test_types_and_ranges_of_augmented_samples(level):
+    augment, changed = Augmentation(level), 0
     for n in range(60):
         sample = Labelled()[n % 5]
         out = augment(sample, item_generator(0, n))
@@ -115,6 +116,20 @@ def test_types_and_ranges_of_augmented_samples():
         assert set(out["mask"].unique().tolist()) <= {0, 1, 2}
         changed += not same(sample, out)
     assert changed > 40
+
+
+def test_nnunets_list_has_its_probabilities():
+    found = {type(t).__name__.removesuffix("d"): t.prob for t in Augmentation("nnunet").compose.transforms}
+    assert found == {
+        "RandAffine": 0.2,
+        "RandGaussianNoise": 0.1,
+        "RandGaussianSmooth": 0.2,
+        "RandScaleIntensity": 0.15,
+        "RandScaleIntensityFixedMean": 0.15,
+        "RandSimulateLowResolution": 0.25,
+        "RandAdjustContrast": 0.3,
+        "RandFlip": 0.5,
+    }
 
 
 def test_flips_keep_image_and_mask_aligned():

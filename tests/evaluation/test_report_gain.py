@@ -23,7 +23,7 @@ def gain(value, cosine=0.2):
 
 @pytest.fixture
 def run(tmp_path):
-    """ΔDSC of a, b, c and d at budget 0.5 is 0.5, 1, 1.5 and 2 above base, which is (1, 1, 1.5)."""
+    """ΔDSC of a, b, c and d at budget 1, the largest, is 1, 2, 3 and 4 above base, which is (1, 1, 1.5)."""
     run = make_run(tmp_path / "runs" / "tiny", methods=METHODS, budgets=(1, 0.5))
     for place, method in enumerate(("a", "b", "d", "c")):
         for seed in SEEDS:
@@ -38,16 +38,16 @@ def test_gain_and_what_retraining_brought(run):
     assert found["a"].last.mean == pytest.approx(0.00011)
     assert (found["a"].norm.mean, found["a"].cosine.mean) == pytest.approx((3.0, 0.2))
     brought = found["d"].retrained["test"]
-    assert brought[:3] == pytest.approx((3, np.mean((1, 1, 1.5)) + 2, np.std((1, 1, 1.5), ddof=1)))
+    assert brought[:3] == pytest.approx((3, np.mean((1, 1, 1.5)) + 4, np.std((1, 1, 1.5), ddof=1)))
     assert set(found["d"].retrained) == {"test", "shift"}
 
 
 def test_table(run):
     table = gain_table(Run.read(run))
     heads = ("Method", "‖g_syn‖", "cos ζ", "gain, all ×10³", "gain, last ×10³")
-    assert table.columns == (*heads, "ΔDSC test, 0.5×", "ΔDSC shift, 0.5×")
+    assert table.columns == (*heads, "ΔDSC test, 1×", "ΔDSC shift, 1×")
     figures = ("3.000 ± 0.000", "+0.200 ± 0.000", "+1.100 ± 0.100", "+0.110 ± 0.010")
-    assert table.cells[0] == ("a", *figures, "+1.67 ± 0.29", "+1.67 ± 0.29")
+    assert table.cells[0] == ("a", *figures, "+2.17 ± 0.29", "+2.17 ± 0.29")
     assert table.methods == ["a", "b", "c", "d"]
     assert table.note == "loss: dice_ce · γ: 0.01 · real images: val · synthetic images per seed: 4"
 

@@ -10,7 +10,7 @@ from evaluation.report.embedding import MOST, embedding_figure, sampled_features
 from evaluation.report.examples import example_grid
 from evaluation.report.page import write
 from evaluation.report.sets import mode_figure, mode_shares, nativeness_figure, yardstick
-from evaluation.report.tables import as_markdown, as_text, synthetic_table
+from evaluation.report.tables import as_markdown, as_text, difference_table, synthetic_table
 
 METHODS = ("best_of_4", "base", "best_of_2", "miner")
 
@@ -111,6 +111,20 @@ def test_yardstick_is_in_order_of_adversariality(run, monkeypatch):
 def test_nativeness_needs_fid_or_mask_fidelity(tmp_path):
     run = make_run(tmp_path / "base_alone", methods=("base",))
     assert nativeness_figure(Run.read(run)) is None
+
+
+def test_fid_is_drawn_of_sets_of_one_size_only(run):
+    for seed in SEEDS:
+        for method in METHODS:
+            described = {"fid": 1.0, "mask_fidelity": 90.0}
+            describe(run, method, seed, **described, **({"n": 300} if method == "miner" else {}))
+    shown = words(nativeness_figure(Run.read(run)))
+    assert [shown.count(m) for m in METHODS] == [2, 2, 2, 1]
+
+
+def test_differences_to_best_of_4_are_of_methods(run):
+    shown = [line[1] for line in difference_table(Run.read(run)).cells if line[1].endswith("− best_of_4 1×")]
+    assert shown == ["best_of_2 1× − best_of_4 1×", "miner 1× − best_of_4 1×"] * 2
 
 
 def test_shares_of_modes_are_means_over_seeds(run, monkeypatch):

@@ -101,9 +101,23 @@ def test_an_untrained_miner_changes_no_proposal():
     moved, noted = synthesize(SeedScorer(scorer, 4, miner=make_miner(trained=True).eval()), request)
     assert not torch.allclose(plain, moved, atol=1e-2)
     assert (noted["kl"] > notes["kl"]).all()
+    assert not torch.allclose(norms(noted["x_T"]), norms(drawn(noted, request)), rtol=1e-3)
+    kept = SeedScorer(scorer, 4, miner=make_miner(trained=True).eval(), keep_norm=True)
+    _, noted = synthesize(kept, request)
+    assert torch.allclose(norms(noted["x_T"]), norms(drawn(noted, request)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("inputs", ["estimate", "score", "noise"])
+def norms(x):
+    return x.flatten(1).norm(dim=1)
+
+
+def drawn(notes, request):
+    """Return the draw that each chosen proposal was shifted from."""
+    draws = torch.stack([request.proposal(k) for k in range(4)])
+    return draws[notes["proposal"], torch.arange(len(notes["proposal"]))]
+
+
+@pytest.mark.parametrize("inputs", ["estimate", "score", "glance", "noise"])
 def test_samples(inputs):
     torch.manual_seed(0)
     check_samples(SeedScorer(Scorer(inputs=inputs, width=8).eval(), 3), None)
