@@ -213,7 +213,8 @@ def test_an_extension_trains_again_only_what_it_changes(tiny, tmp_path):
 def test_a_backbone_may_start_from_a_pretrained_one(tiny, tmp_path):
     _, _, settings, _ = tiny
     stages = settings["stages"] | {"pretrain": settings["stages"]["backbone"]}
-    (tmp_path / "first.yaml").write_text(yaml.safe_dump(settings | {"stages": stages, "runs": str(tmp_path)}))
+    changed = settings | {"stages": stages, "runs": str(tmp_path)}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
     output = snakemake(tmp_path / "first.yaml", "--dry-run", "--printshellcmds")
     assert planned(output)["pretrain"] == 1
     started = [line for line in output.splitlines() if "pretrain/weights" in line and "cli.py fit" in line]
