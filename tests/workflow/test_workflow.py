@@ -217,7 +217,7 @@ def test_a_backbone_may_start_from_a_pretrained_one(tiny, tmp_path):
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
     output = snakemake(tmp_path / "first.yaml", "--dry-run", "--printshellcmds")
     assert planned(output)["pretrain"] == 1
-    started = [line for line in output.splitlines() if "pretrain/weights" in line and "cli.py fit" in line]
+    started = [line for line in output.splitlines() if "init_args.weights=" in line and "/pretrain/" in line]
     assert len(started) == 1
     assert f"--model.init_args.weights={tmp_path}/tiny/pretrain/weights" in started[0]
     assert "--trainer.default_root_dir=" + f"{tmp_path}/tiny/backbone" in started[0]
