@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 
+import cli
 from datamodules.sources import PhantomSource
 from diffusion.backbones import SegDiff
 from networks import Miner, NNUNet
@@ -89,3 +90,18 @@ def make_trainer(root, **settings) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     defaults = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
     return L.Trainer(default_root_dir=root, **quiet | defaults | settings)
+
+
+@pytest.fixture
+def parsed(monkeypatch, capsys):
+    """Return a function that parses a command line and neither builds nor runs anything."""
+    monkeypatch.setattr(cli.CLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(cli.CLI, "_run_subcommand", lambda self, subcommand: None)
+
+    def run(*argv):
+        try:
+            return cli.main(list(argv)).config[argv[0]]
+        except SystemExit:
+            pytest.fail(f"{' '.join(argv)}: {capsys.readouterr().err}", pytrace=False)
+
+    return run

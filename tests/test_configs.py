@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import cli
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
 
@@ -41,19 +39,9 @@ def partners(stage_file):
 
 
 @pytest.fixture
-def parse(monkeypatch, capsys):
-    """Return a function that parses a command line and neither builds nor runs anything."""
-    monkeypatch.setattr(cli.CLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(cli.CLI, "_run_subcommand", lambda self, subcommand: None)
-
-    def run(verb, files, *args):
-        configs = [f"--config={file}" for file in files]
-        try:
-            return cli.main([verb, *configs, *args]).config[verb]
-        except SystemExit:
-            pytest.fail(f"{[file.name for file in files]}: {capsys.readouterr().err}", pytrace=False)
-
-    return run
+def parse(parsed):
+    """Return a function that parses a command line of config files and arguments."""
+    return lambda verb, files, *args: parsed(verb, *(f"--config={file}" for file in files), *args)
 
 
 def assert_took(given, parsed, where=""):

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,18 @@ def planned(output: str) -> dict[str, int]:
     return table
 
 
+def commands(output: str) -> list[list[str]]:
+    """Arguments of every planned run of the application."""
+    lines = [part for line in output.splitlines() for part in line.split("; ") if " cli.py " in part]
+    return [shlex.split(line.split(" 2>&1")[0].split(" cli.py ")[1]) for line in lines]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
+def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path, parsed, monkeypatch):
     settings = read(experiment)
     check_settings(settings, experiment)
-    jobs = planned(snakemake(experiment, "--dry-run", "--config", f"runs={tmp_path}"))
+    output = snakemake(experiment, "--dry-run", "--printshellcmds", "--config", f"runs={tmp_path}")
+    jobs = planned(output)
     seeds, methods = len(settings["seeds"]), len(settings["methods"])
     assert jobs["real"] == seeds * (1 + len(settings.get("real_arms", {})))
     subsets = sum("subset" in (method or {}) for method in settings["methods"].values())
@@ -57,6 +65,15 @@ def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path):
     arms = sum(len(own_budgets(method, settings["budgets"])) for method in settings["methods"].values())
     assert jobs["union"] == seeds * arms
     assert jobs["report"] == jobs["backbone"] == jobs["reference"] == 1
+    monkeypatch.setenv("DATA_ROOT", "/nowhere")
+    others = [f"/seed{seed}/" for seed in settings["seeds"][1:]]  # which differ in the seed alone
+    lines = [line for line in commands(output) if not any(seed in word for seed in others for word in line)]
+    assert len(lines) >= methods + arms
+    unlike = {
+        tuple(word.split("=")[0] if str(tmp_path) in word else word for word in line): line for line in lines
+    }
+    for line in unlike.values():
+        parsed(*line)
 
 
 HALF = {
@@ -99,12 +116,15 @@ def tiny(tmp_path_factory):
         "data.init_args.source.init_args.n_test": 8,
         "data.init_args.source.init_args.n_val": 8,
     }
-    settings["methods"] |= {"seed_scorer": {"stage": "scorer"}, "half": HALF}
-    settings["methods"] |= {
+    settings["methods"] = {
+        "base": None,
+        "miner": {"stage": "miner"},
+        "seed_scorer": {"stage": "scorer"},
+        "half": HALF,
         "round_2": ROUND | {"configs": ["configs/methods/seed_scorer.yaml"]},
         "all_mined": EASY,
     }
-    settings |= {"gain_split": "val", "side_by_side": 2}
+    settings |= {"highlight": "miner", "gain_split": "val"}
     settings["stages"] |= {
         "plain": {
             "configs": ["configs/stages/synthesis.yaml"],
