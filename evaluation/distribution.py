@@ -94,6 +94,27 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return calculate_precision_recall_full(fake, real, neighborhood=k)
 
 
+def inside(real: Tensor, fake: Tensor, k: int = 3) -> Tensor:
+    """Return for each fake whether it lies in the real manifold; their share is the precision.
+
+    Args:
+        real: features ``(N, D)``.
+        fake: features ``(M, D)``.
+        k: as in :func:`precision_recall`.
+
+    Returns:
+        bool ``(M,)``; all False where there is no k-th neighbour (fewer than k + 1 real images).
+
+    Raises:
+        InputError: the features do not have the same D, or are not finite.
+    """
+    real, fake = _checked(real, fake)
+    if len(real) <= k:
+        return torch.zeros(len(fake), dtype=torch.bool)
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
+    return (torch.cdist(fake, real) <= radius).any(dim=1)
+
+
 def diversity(features: Tensor) -> float:
     """Return the mean Euclidean distance between two different images of a set.
 

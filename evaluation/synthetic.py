@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from datamodules.sources import Source
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
-from evaluation.distribution import diversity, features_of, kid, precision_recall, vendi
+from evaluation.distribution import diversity, features_of, inside, kid, precision_recall, vendi
 from evaluation.fid import EncoderFeatures, fid, inception
 from evaluation.fidelity import adversariality, mask_fidelity
 from evaluation.modes import knows_modes, mode_histogram
@@ -79,9 +79,8 @@ def measure(
         ``diversity`` and ``vendi`` (:mod:`evaluation.distribution`), None where undefined. With a judge:
         ``mask_fidelity``, the mean DSC in percent, and ``judge``. With an anchor: ``rewards``, the mean of
         each, and ``anchor``. Where the real images know their modes: ``modes`` with ``histogram``,
-        ``recall`` and ``accuracy`` (:mod:`evaluation.modes`). ``samples`` holds ``mask_fidelity``,
-        ``rewards`` and ``mode`` of each
-        sample. Where the set has its initial noise: ``noise``, its farthest departure from N(0, I)
+        ``recall`` and ``accuracy`` (:mod:`evaluation.modes`), and the ``precision`` of each mode's samples.
+        ``samples`` holds ``mask_fidelity``, ``rewards`` and ``mode`` of each sample. Where the set has its initial noise: ``noise``, its farthest departure from N(0, I)
         by statistic (:func:`noise_figures`).
     """
     made = json.loads((synthetic.folder / "dataset.json").read_text())
@@ -133,6 +132,10 @@ def measure(
             "accuracy": _defined(found.accuracy),
             "recall": dict(zip(names, map(_defined, found.recall), strict=True)),
         }
+        if precision == precision:  # not NaN
+            within = inside(real_features, features)
+            shares = [float(within[found.predicted == mode].double().mean()) for mode in found.modes]
+            figures["modes"]["precision"] = dict(zip(names, map(_defined, shares), strict=True))
         figures["samples"]["mode"] = found.predicted.tolist()
     return figures
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from errors import InputError
-from evaluation.distribution import diversity, features_of, kid, precision_recall, vendi
+from evaluation.distribution import diversity, features_of, inside, kid, precision_recall, vendi
 
 
 def normal(n, d, seed, scale=1.0, shift=0.0):
@@ -71,6 +71,17 @@ def test_precision_and_recall_ball_by_ball(k):
     assert 0 < expected[0] < 1
     assert 0 < expected[1] < 1
     assert precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_is_the_share_inside(k):
+    real, fake = normal(25, 3, 0), normal(18, 3, 1, scale=0.7, shift=0.6)
+    within = inside(real, fake, k)
+    assert 0 < within.sum() < 18
+    assert float(within.double().mean()) == pytest.approx(precision_recall(real, fake, k)[0], abs=1e-6)
+    far = torch.cat([fake[within], fake[~within] + 100])
+    assert inside(real, far, k).tolist() == [True] * int(within.sum()) + [False] * int((~within).sum())
+    assert not inside(real[:k], fake, k).any()
 
 
 def test_precision_and_recall_of_crafted_sets():

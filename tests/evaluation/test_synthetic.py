@@ -127,6 +127,9 @@ def test_modes_are_learnt_from_the_split_that_shows_them(made, source):
     figures = measure(synthetic, source.dataset("test"), extractor, modes=shown)
     assert list(figures["modes"]["histogram"]) == ["0", "1", "2", "3", "4"]
     assert figures["modes"]["accuracy"] > 0.9
+    counts, shares = figures["modes"]["histogram"], figures["modes"]["precision"]
+    inside = sum(counts[mode] * shares[mode] for mode in counts if counts[mode])
+    assert inside / sum(counts.values()) == pytest.approx(figures["precision"])
     unlabelled = [{key: s[key] for key in ("image", "mask")} for s in (shown[i] for i in range(5))]
     assert "modes" not in measure(synthetic, unlabelled, extractor)
 
