@@ -30,6 +30,7 @@ class ScoreWriter(Callback):
             source: Any = trainer.datamodule.source  # type: ignore[attr-defined]
             report = {
                 "dataset": source.name,
+                "dataset_version": source.version,
                 "segmenter": type(pl_module.segmenter).__name__,
                 "segmenter_fingerprint": pl_module.segmenter.fingerprint(),
                 **pl_module.training_facts,

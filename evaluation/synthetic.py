@@ -80,8 +80,8 @@ def measure(
         ``mask_fidelity``, the mean DSC in percent, and ``judge``. With an anchor: ``rewards``, the mean of
         each, and ``anchor``. Where the real images know their modes: ``modes`` with ``histogram``,
         ``recall`` and ``accuracy`` (:mod:`evaluation.modes`), and the ``precision`` of each mode's samples.
-        ``samples`` holds ``mask_fidelity``, ``rewards`` and ``mode`` of each sample. Where the set has its initial noise: ``noise``, its farthest departure from N(0, I)
-        by statistic (:func:`noise_figures`).
+        ``samples`` holds ``mask_fidelity``, ``rewards`` and ``mode`` of each sample. Where the set has its
+        initial noise: ``noise``, its farthest departure from N(0, I) by statistic (:func:`noise_figures`).
     """
     made = json.loads((synthetic.folder / "dataset.json").read_text())
     values = [entry["value"] for entry in synthetic.entries]

@@ -14,6 +14,7 @@ from torch.nn.utils import parameters_to_vector
 
 import cli
 from conftest import files_of, make_miner
+from datamodules.sources.phantom import VERSION
 from diffusion.backbones import Backbone
 from errors import InputError
 from networks import Miner, Segmenter
@@ -138,6 +139,7 @@ def test_synthetic_sets_note_the_networks_they_were_made_with(runs):
 
 def test_test_scores_are_those_of_the_given_weights(runs):
     report = json.loads((runs.test / "test.json").read_text())
+    assert (report["dataset"], report["dataset_version"]) == ("phantom-polyp", VERSION)
     assert set(report["test_sets"]) == {"test", "test_uniform", "test_shift"}
     assert all(score["n_cases"] == 5 for score in report["test_sets"].values())
     assert all(0 <= score["dsc"] <= 100 for score in report["test_sets"].values())

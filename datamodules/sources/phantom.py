@@ -174,6 +174,7 @@ class PhantomSource(Source):
             if count < 1:
                 raise InputError(f"{argument} is {count}; a phantom split needs at least 1 sample")
         self.name = f"phantom-{family}"
+        self.version = VERSION
         self.class_names = CLASS_NAMES[family]
         self.channels = CHANNELS[family]
         self.size = (size, size)

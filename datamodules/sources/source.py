@@ -33,6 +33,7 @@ class Source(ABC):
 
     Attributes:
         name: what the set is called in reports.
+        version: of the images, where they are made and not measured; None elsewhere.
         class_names: names of the classes, the background first.
         channels: image channels C.
         size: height and width (H, W) of every sample, in pixels.
@@ -40,6 +41,7 @@ class Source(ABC):
     """
 
     name: str
+    version: int | None = None
     class_names: tuple[str, ...]
     channels: int
     size: tuple[int, int]

@@ -60,6 +60,7 @@ def write(run: Run, figures: Path | None = None) -> Path:
     report = {
         "experiment": run.experiment["name"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dataset_version": run.tests[0][1].get("dataset_version"),
         "versions": {
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},

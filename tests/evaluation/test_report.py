@@ -38,6 +38,7 @@ def scores(dsc: float, n_synthetic: int) -> dict:
     shift = {"dsc": dsc - 10, "asd": math.nan, "n_cases": 5, "dsc/disc": dsc - 10, "asd/disc": math.nan}
     return {
         "dataset": "phantom",
+        "dataset_version": 7,
         "segmenter": "unet",
         "n_real": 1200,
         "n_synthetic": n_synthetic,
@@ -273,7 +274,10 @@ def test_json_has_the_contracts_keys(run, monkeypatch):
     assert page == run / "report" / "report.html"
     text = (run / "report" / "report.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert list(content) == ["experiment", "created", "versions", "rows", "synthetic_sets"]
+    assert list(content) == [
+        *("experiment", "created", "dataset_version", "versions", "rows", "synthetic_sets")
+    ]
+    assert content["dataset_version"] == 7
     assert content["experiment"] == "tiny"
     assert set(content["versions"]) == {"python", "torch", "lightning", "diffusers", "monai", "torchmetrics"}
     assert content["rows"] == [asdict(row) for row in Run.read(run).rows]
