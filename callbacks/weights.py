@@ -18,7 +18,7 @@ class ExportWeights(Callback):
 
     Without a monitor, or without a validation, the weights are the last ones (the averaged ones where an
     averaging callback runs). With a monitor they are those of the best validation. ``training.json``
-    beside them notes what they were trained on.
+    beside them notes what they were trained on, and how they did on validation.
 
     Args:
         folder: where the weights go, relative to ``trainer.default_root_dir``; replaced as a whole.
@@ -80,6 +80,9 @@ class ExportWeights(Callback):
         facts |= {
             key: getattr(datamodule, key) for key in ("n_real", "n_synthetic") if hasattr(datamodule, key)
         }
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name}
+        if found:
+            facts["validation"] = {k: v if math.isfinite(v) else None for k, v in sorted(found.items())}
         save_pretrained(pl_module.trained, folder, facts)
 
     def state_dict(self) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def test_each_stage_hands_weights_on(runs):
     assert training_facts(runs.backbone / "weights")["steps"] == 4
     assert training_facts(runs.miner / "weights")["steps"] == 4
     assert training_facts(runs.segmenter / "weights")["n_synthetic"] == 0
+    assert 0 <= training_facts(runs.segmenter / "weights")["validation"]["val/dsc"] <= 100
     assert training_facts(runs.union / "weights")["n_synthetic"] == 6
     assert fingerprint(runs.union, Segmenter) != fingerprint(runs.segmenter, Segmenter)
     prior = load_pretrained(runs.miner / "weights", Miner)
