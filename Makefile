@@ -30,7 +30,7 @@ experiment: $(VENV)/.run  ## Run configs/experiments/NAME.yaml, or go on where i
 		--cores $(CORES) --rerun-incomplete --nolock --quiet rules \
 		|| { code=$$?; [ $$code -ne 3 ] || echo "error: this experiment is already running"; exit $$code; }
 
-demo:  ## Run the whole chain on phantoms: real, base, mined, and the report
+demo:  ## Run the whole chain on phantoms: real, plain and chosen samples, and the report
 	@$(MAKE) --no-print-directory experiment NAME=demo
 
 lint: $(VENV)/.dev  ## Check style and types

@@ -80,7 +80,8 @@ class ExportWeights(Callback):
         facts |= {
             key: getattr(datamodule, key) for key in ("n_real", "n_synthetic") if hasattr(datamodule, key)
         }
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name}
+        logged = trainer.callback_metrics.items()
+        found = {name: float(value) for name, value in logged if name.startswith("val/") or "/val_" in name}
         if found:
             facts["validation"] = {k: v if math.isfinite(v) else None for k, v in sorted(found.items())}
         save_pretrained(pl_module.trained, folder, facts)

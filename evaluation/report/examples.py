@@ -17,6 +17,7 @@ from evaluation.report.style import INK, WIDTH, data_uri, new_figure, picture, s
 from evaluation.report.tables import number
 
 EXAMPLES = 8
+ON_SHEET = 6
 THUMBNAIL = 96
 """Longest side of an example on the page, in pixels."""
 
@@ -106,8 +107,8 @@ def example_grid(run: Run) -> Grid | None:
 
 @styled
 def example_sheet(grid: Grid) -> str:
-    """Return the lines of a grid as one figure, the differences to base beside them; a data URI."""
-    lines = [line + grid.gaps.get(name, []) for name, line in grid.lines.items()]
+    """Return the first columns of a grid as one figure, the differences to base beside them; a data URI."""
+    lines = [line[:ON_SHEET] + grid.gaps.get(name, [])[:ON_SHEET] for name, line in grid.lines.items()]
     columns, gap = max(map(len, lines)), TILE // 8
     step = TILE + gap
     sheet = np.full((step * len(lines), step * columns, 3), 255, dtype=np.uint8)
@@ -122,7 +123,7 @@ def example_sheet(grid: Grid) -> str:
     axes.imshow(sheet, interpolation="none")
     axes.set_yticks([row * step + TILE / 2 for row in range(len(lines))], list(grid.lines), color=INK)
     heads = ["images"] + ["|image − base|"] * bool(grid.gaps)
-    axes.set_xticks([(k + 0.5) * step * EXAMPLES for k in range(len(heads))], heads, color=INK)
+    axes.set_xticks([(k + 0.5) * step * ON_SHEET for k in range(len(heads))], heads, color=INK)
     axes.xaxis.tick_top()
     axes.grid(visible=False)
     axes.tick_params(length=0)

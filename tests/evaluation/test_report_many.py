@@ -10,7 +10,7 @@ from PIL import Image
 from test_report import log_scalars, make_run, skip_drawing, words, write_images
 
 from evaluation.report.collect import Run
-from evaluation.report.examples import TILE, example_grid, example_sheet
+from evaluation.report.examples import ON_SHEET, TILE, example_grid, example_sheet
 from evaluation.report.figures import (
     budget_figure,
     curve_figures,
@@ -114,7 +114,7 @@ def test_sheet_shows_every_line_beside_its_differences(pictured):
     with Image.open(io.BytesIO(base64.b64decode(found.group(1)))) as image:
         sheet = np.asarray(image.convert("RGB"))
     step = len(sheet) // 4  # mask, real, base, miner
-    for column, one in ((2, grid.lines["miner"][2]), (8 + 3, grid.gaps["miner"][3])):
+    for column, one in ((2, grid.lines["miner"][2]), (ON_SHEET + 3, grid.gaps["miner"][3])):
         with Image.open(io.BytesIO(picture(one.uri))) as image:
             expected = np.asarray(image.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST))
         assert np.array_equal(sheet[3 * step :, column * step :][:TILE, :TILE], expected)
