@@ -123,7 +123,7 @@ def example_sheet(grid: Grid) -> str:
     axes.imshow(sheet, interpolation="none")
     axes.set_yticks([row * step + TILE / 2 for row in range(len(lines))], list(grid.lines), color=INK)
     heads = ["images"] + ["|image − base|"] * bool(grid.gaps)
-    axes.set_xticks([(k + 0.5) * step * ON_SHEET for k in range(len(heads))], heads, color=INK)
+    axes.set_xticks([(k + 0.5) * step * columns / len(heads) for k in range(len(heads))], heads, color=INK)
     axes.xaxis.tick_top()
     axes.grid(visible=False)
     axes.tick_params(length=0)
