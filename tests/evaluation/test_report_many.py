@@ -10,7 +10,7 @@ from PIL import Image
 from test_report import log_scalars, make_run, skip_drawing, words, write_images
 
 from evaluation.report.collect import Run
-from evaluation.report.examples import ON_SHEET, TILE, example_grid, example_sheet
+from evaluation.report.examples import ON_SHEET, TILE, Grid, Picture, example_sheet
 from evaluation.report.figures import (
     budget_figure,
     curve_figures,
@@ -108,16 +108,32 @@ def test_every_figure_is_also_a_file(pictured, tmp_path):
         assert data_uri(files[f"pair_{kind}.svg"].encode(), "image/svg+xml") in page
 
 
-def test_sheet_shows_every_line_beside_its_differences(pictured):
-    grid = example_grid(Run.read(pictured))
+def test_sheet_shows_every_line_beside_its_differences():
+    colours = iter(np.random.default_rng(0).permutation(255**2))
+
+    def tile() -> Picture:
+        value = int(next(colours))
+        image = Image.new("RGB", (TILE, TILE), (value // 255, value % 255, 128))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        return Picture(data_uri(buffer.getvalue(), "image/png"))
+
+    def line() -> list[Picture]:
+        return [tile() for _ in range(ON_SHEET + 2)]
+
+    grid = Grid({"mask": line(), "base": line(), "miner": line()}, {"miner": line()}, [], 0, 1.0)
     found = re.search(r"data:image/png;base64,([^\"]+)", picture(example_sheet(grid)).decode())
     with Image.open(io.BytesIO(base64.b64decode(found.group(1)))) as image:
         sheet = np.asarray(image.convert("RGB"))
-    step = len(sheet) // 4  # mask, real, base, miner
-    for column, one in ((2, grid.lines["miner"][2]), (ON_SHEET + 3, grid.gaps["miner"][3])):
-        with Image.open(io.BytesIO(picture(one.uri))) as image:
-            expected = np.asarray(image.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST))
-        assert np.array_equal(sheet[3 * step :, column * step :][:TILE, :TILE], expected)
+    step = len(sheet) // len(grid.lines)
+    for row, (name, pictures) in enumerate(grid.lines.items()):
+        shown = pictures[:ON_SHEET] + grid.gaps.get(name, [])[:ON_SHEET]
+        for column, one in enumerate(shown):
+            with Image.open(io.BytesIO(picture(one.uri))) as image:
+                expected = np.asarray(image.convert("RGB"))
+            found_tile = sheet[row * step :, column * step :][:TILE, :TILE]
+            assert np.array_equal(found_tile, expected), (name, column)
+    assert (sheet[:step, ON_SHEET * step :] == 255).all()  # a line without differences ends there
 
 
 def test_names_keep_apart():
