@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from datamodules.sources import Source
-from diffusion.backbones import Backbone
+from diffusion.backbones import Backbone, TrainingBatch
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from lightning_modules.checks import check_checkpoint, check_image_set, started
@@ -53,6 +53,7 @@ class DiffusionLitModule(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.sampling_steps = sampling_steps
         self.seed = seed
+        self.total_steps = 1
 
     @property
     def trained(self) -> Backbone:
@@ -77,7 +78,10 @@ class DiffusionLitModule(L.LightningModule):
         noise = NoiseStream(self.seed, batch["index"].tolist(), shape, self.device)
         t = noise.integers(len(self.backbone.alphas_cumprod), stream + 1)
         chance = noise.scalars(lambda rng: rng.random(), stream + 1)
-        return self.backbone.training_loss(image, mask, noise.draw(stream), t, chance)
+        done = min(1.0, self.global_step / self.total_steps)
+        return self.backbone.training_loss(
+            TrainingBatch(image, mask, self.backbone.encode(image), noise.draw(stream), t, chance, done)
+        )
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Return the loss of the real stream."""
@@ -99,13 +103,13 @@ class DiffusionLitModule(L.LightningModule):
         was_training = self.backbone.training
         self.backbone.eval()
         sampler = Sampler(self.backbone, self.sampling_steps)
-        sampled = sampler.sample(noise.draw(), self.backbone.condition(mask))
+        sampled = sampler.sample(noise.draw(), self.backbone.condition(mask, batch["image"].to(self.device)))
         self.backbone.train(was_training)
         return {"real": batch["image"], "sampled": sampled}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimiser and schedule over the trainer's number of steps."""
         optimizer: Any = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.total_steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, total // 10), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

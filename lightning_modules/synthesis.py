@@ -108,7 +108,7 @@ class SynthesisLitModule(L.LightningModule):
             sampler=self.sampler,
             noise=self.noise(batch, seed_stream),
             mask=batch["mask"],
-            condition=self.backbone.condition(batch["mask"]),
+            condition=self.backbone.condition(batch["mask"], batch["image"]),
             anchor=self.anchor,
             image=batch["image"],
         )
@@ -160,7 +160,7 @@ class SynthesisLitModule(L.LightningModule):
 
     def _warm_up(self, batch: dict[str, Any]) -> None:
         """Call the backbone once, so that the first batch's time is not that of loading kernels."""
-        self.sampler.initial_score(self.noise(batch).draw(), self.backbone.condition(batch["mask"]))
+        self.sampler.initial_score(self.noise(batch).draw(), self.request(batch).condition)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -1,6 +1,7 @@
 """What a mask-to-image diffusion model looks like to the miner, the methods and the sampler."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,29 @@ from torch import Tensor
 
 from diffusion.schedule import Spacing, alphas_cumprod
 from networks.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What a backbone's training loss is computed from.
+
+    Attributes:
+        image: ``(B, C, H, W)`` in [−1, 1].
+        mask: y, int64 ``(B, H, W)``.
+        x_0: latents of the images, from ``backbone.encode``, ``(B, *noise_shape)``.
+        epsilon: standard normal noise like ``x_0``.
+        t: int64 timesteps ``(B,)``.
+        chance: uniform numbers in [0, 1) ``(B,)`` for what the loss leaves to chance.
+        progress: share of the training that is done, in [0, 1].
+    """
+
+    image: Tensor
+    mask: Tensor
+    x_0: Tensor
+    epsilon: Tensor
+    t: Tensor
+    chance: Tensor
+    progress: float = 0.0
 
 
 class Backbone(Pretrained, ABC):
@@ -44,8 +68,20 @@ class Backbone(Pretrained, ABC):
         """Return the shape of one sample's x_T for images of ``size`` (H, W) pixels."""
 
     @abstractmethod
-    def condition(self, mask: Tensor) -> Any:
-        """Return all that does not depend on t, for masks int64 ``(B, H, W)``; computed once a batch."""
+    def condition(self, mask: Tensor, image: Tensor | None = None) -> Any:
+        """Return all that does not depend on t, computed once a batch.
+
+        Args:
+            mask: int64 ``(B, H, W)``.
+            image: the real images of the masks ``(B, C, H, W)``, for a backbone that reads more of them
+                than the mask; None where there are none.
+
+        Returns:
+            A tensor, or a dict of tensors, whose first dimension is the batch, or 1 for what all share.
+
+        Raises:
+            InputError: the backbone reads real images, and there are none.
+        """
 
     @abstractmethod
     def epsilon(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
@@ -60,18 +96,8 @@ class Backbone(Pretrained, ABC):
         """Return images ``(B, C, H, W)`` for final latents; differentiable, not clipped."""
 
     @abstractmethod
-    def training_loss(
-        self, image: Tensor, mask: Tensor, epsilon: Tensor, t: Tensor, chance: Tensor
-    ) -> Tensor:
-        """Return the backbone's own training loss, a scalar.
-
-        Args:
-            image: ``(B, C, H, W)`` in [−1, 1].
-            mask: int64 ``(B, H, W)``.
-            epsilon: standard normal noise ``(B, *noise_shape)``.
-            t: int64 timesteps ``(B,)``.
-            chance: uniform numbers in [0, 1) ``(B,)`` for what the loss leaves to chance.
-        """
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
+        """Return the backbone's own training loss, a scalar."""
 
     def alpha_bar(self, t: Tensor | int) -> Tensor:
         """Return ᾱ_t, broadcastable over ``(B, C, H, W)``; t = −1 is the end of the last step."""

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from diffusion.backbones.backbone import Backbone
+from diffusion.backbones.backbone import Backbone, TrainingBatch
 from diffusion.schedule import add_noise
 from errors import InputError
 
@@ -99,7 +99,7 @@ class SegDiff(Backbone):
         """Return (C, H, W): the noise lives in pixel space."""
         return (self.image_channels, *size)
 
-    def condition(self, mask: Tensor) -> Tensor:
+    def condition(self, mask: Tensor, image: Tensor | None = None) -> Tensor:
         """Return the mask channels ``(B, M, H, W)``."""
         if self.mask_encoding == "index":
             return mask.unsqueeze(1).float() / 255
@@ -125,11 +125,9 @@ class SegDiff(Backbone):
         """Return the latent itself: it is the image."""
         return latent
 
-    def training_loss(
-        self, image: Tensor, mask: Tensor, epsilon: Tensor, t: Tensor, chance: Tensor
-    ) -> Tensor:
+    def training_loss(self, batch: TrainingBatch) -> Tensor:
         """Return the mean squared error on ε (Ho et al., NeurIPS 2020, equation 14)."""
-        x_t = add_noise(image, epsilon, self.alpha_bar(t))
-        condition = self.condition(mask)
-        condition = torch.where((chance < self.unconditional).view(-1, 1, 1, 1), HIDDEN, condition)
-        return F.mse_loss(self._epsilon(x_t, t, condition), epsilon)
+        x_t = add_noise(batch.x_0, batch.epsilon, self.alpha_bar(batch.t))
+        condition = self.condition(batch.mask)
+        condition = torch.where((batch.chance < self.unconditional).view(-1, 1, 1, 1), HIDDEN, condition)
+        return F.mse_loss(self._epsilon(x_t, batch.t, condition), batch.epsilon)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 
 from conftest import make_backbone
-from diffusion.backbones import SegDiff
+from diffusion.backbones import SegDiff, TrainingBatch
 from diffusion.noise import NoiseStream
 from errors import InputError
 
@@ -31,7 +31,7 @@ def test_training_loss_is_the_formula(batch, encoding, schedule):
     x_t = scheduler.add_noise(batch["image"], batch["epsilon"], batch["t"])
     with torch.no_grad():
         predicted = backbone.unet(torch.cat([x_t, channel], 1), batch["t"]).sample
-        loss = backbone.training_loss(**batch)
+        loss = backbone.training_loss(TrainingBatch(x_0=batch["image"], **batch))
     assert loss.item() == pytest.approx(F.mse_loss(predicted, batch["epsilon"]).item(), rel=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_a_share_of_the_masks_is_hidden_in_training(batch):
     channel[:2] = -1
     with torch.no_grad():
         predicted = backbone.unet(torch.cat([x_t, channel], 1), batch["t"]).sample
-        loss = backbone.training_loss(**batch)
+        loss = backbone.training_loss(TrainingBatch(x_0=batch["image"], **batch))
     assert loss.item() == pytest.approx(F.mse_loss(predicted, batch["epsilon"]).item(), rel=1e-5)
 
 
@@ -124,7 +124,9 @@ def test_it_learns():
         noise = NoiseStream(0, range(8 * step, 8 * step + 8), (3, 8, 8))
         mask = noise.integers(2, 2)[:, None, None].expand(8, 8, 8)
         image = (mask[:, None].float() - 0.5).expand(8, 3, 8, 8)
-        loss = backbone.training_loss(image, mask, noise.draw(), noise.integers(1000, 1), torch.zeros(8))
+        loss = backbone.training_loss(
+            TrainingBatch(image, mask, image, noise.draw(), noise.integers(1000, 1), torch.zeros(8))
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

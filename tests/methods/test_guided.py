@@ -41,7 +41,7 @@ class Gaussian(Backbone):
     def noise_shape(self, size):
         return (3, *size)
 
-    def condition(self, mask):
+    def condition(self, mask, image=None):
         """Nested, with parts that are shared by samples or are no floats."""
         return {"mask": mask.unsqueeze(1).float(), "classes": mask, "rest": (torch.tensor(0.6), None)}
 
@@ -503,7 +503,7 @@ def test_first_step_of_p2p():
     alpha_bar = request.sampler.backbone.alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t = alpha_bar.sqrt() * base + (1 - alpha_bar).sqrt() * request.noise.draw(OWN + 1)
 
-    def condition(mask):
+    def condition(mask, image=None):
         return {**request.condition, "mask": mask}
 
     mask = request.condition["mask"]
@@ -581,7 +581,7 @@ def test_p2p_heeds_the_pixel_error_after_a_success():
 
 def test_p2p_needs_something_to_optimise():
     class Unconditional(Gaussian):
-        def condition(self, mask):
+        def condition(self, mask, image=None):
             return mask
 
     with pytest.raises(InputError, match="Unconditional is conditioned on nothing of floating point"):

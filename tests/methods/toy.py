@@ -25,7 +25,7 @@ class Gaussian(Backbone):
     def noise_shape(self, size):
         return (3, *size)
 
-    def condition(self, mask):
+    def condition(self, mask, image=None):
         return {"mean": 0.7 * mask.unsqueeze(1).float() - 0.3}
 
     def epsilon(self, x_t, t, condition):
@@ -49,7 +49,7 @@ class Latent(Gaussian):
     def noise_shape(self, size):
         return (3, size[0] // 2, size[1] // 2)
 
-    def condition(self, mask):
+    def condition(self, mask, image=None):
         return super().condition(mask[:, ::2, ::2])
 
     def encode(self, image):
