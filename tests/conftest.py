@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import cli
+import original
 from datamodules.sources import PhantomSource
-from diffusion.backbones import SegDiff
+from diffusion.backbones import ControlLDM, SegDiff
+from diffusion.checkpoints import files
 from networks import Miner, NNUNet
 from networks.pretrained import save_pretrained
 
@@ -33,6 +35,39 @@ def make_backbone(seed=0, **changes):
         "norm_num_groups": 4,
     }
     return SegDiff(**settings | changes)
+
+
+def make_controlldm(seed=0, kind=ControlLDM, **changes):
+    """A tiny latent model for images that the VAE halves once; what starts at zero is not left there."""
+    torch.manual_seed(seed)
+    blocks = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    settings = {
+        "unet_config": blocks
+        | {
+            "sample_size": 8,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 6,
+            "attention_head_dim": 2,
+        },
+        "vae_config": blocks
+        | {
+            "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "scaling_factor": 0.5,
+        },
+        "hint_channels": (4, 8),
+        "tokens": 2,
+        "learn": "all",
+    }
+    backbone = kind(**settings | changes)
+    for part in (backbone.controlnet, backbone.hint_encoder):
+        for weight in part.parameters():
+            if not weight.any():
+                torch.nn.init.normal_(weight, std=0.1)
+    torch.nn.init.normal_(backbone.contexts)
+    return backbone
 
 
 def make_segmenter(seed=0, **changes):
@@ -105,3 +140,19 @@ def parsed(monkeypatch, capsys):
             pytest.fail(f"{' '.join(argv)}: {capsys.readouterr().err}", pytrace=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    """A folder with a CLIP tokenizer of 64 tokens."""
+    return original.write_tokenizer(tmp_path_factory.mktemp("clip") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory) -> dict[str, Path]:
+    """Tiny checkpoints in the layout of the original repositories, by kind."""
+    folder = tmp_path_factory.mktemp("originals")
+    found = {kind: folder / f"{kind}.safetensors" for kind in original.KINDS}
+    for kind, file in found.items():
+        files.write(original.checkpoint(kind), file)
+    return found

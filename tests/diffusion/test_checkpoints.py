@@ -1,0 +1,234 @@
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusion.backbones import ControlLDM, SiameseDiff
+from diffusion.checkpoints import (
+    files,
+    original_weights,
+    read_folder,
+    read_model,
+    read_original,
+    write_folder,
+)
+from diffusion.checkpoints.model import schedule_tables
+from errors import InputError
+from original import KINDS, SAMPLE, checkpoint, fixture, inputs
+
+CLASSES = {"controlldm": ControlLDM, "siamesediff": SiameseDiff}
+
+
+def backbone(kind, start, tokenizer, **changes):
+    return CLASSES[kind](start=str(start), tokenizer=str(tokenizer), **changes).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_model_answers_as_the_original_code(kind, originals, tokenizer, tmp_path):
+    """ε, latents, images and prompts are those that the original repositories' networks returned."""
+    told, given = fixture(kind), inputs()
+    write_folder(read_original(originals[kind], heads=4), tmp_path / "folder", tokenizer)
+    network = backbone(kind, tmp_path / "folder", tokenizer, guidance=1)
+    with torch.no_grad():
+        condition = network.condition(given["mask"]) | {"prompt": given["prompt"]}
+        found = {
+            "epsilon": network.epsilon(given["x"], given["t"], condition).flatten(),
+            "encoded": network.encode(given["image"]).flatten(),
+            "decoded": network.decode(given["x"]).flatten()[::SAMPLE],
+        }
+    for name, values in found.items():
+        assert torch.allclose(values, torch.tensor(told[name]), atol=1e-5), name
+    model = read_folder(tmp_path / "folder")
+    text = CLIPTextModel(CLIPTextConfig(**model.configs["text_encoder"])).eval()
+    assert text.config.num_attention_heads == 1
+    with torch.no_grad():
+        written = CLIPTextModel.from_pretrained(tmp_path / "folder" / "text_encoder").eval()
+        values = written(given["ids"]).last_hidden_state.flatten()[::SAMPLE]
+    assert torch.allclose(values, torch.tensor(told["text"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_there_and_back_changes_no_bit(kind, dtype, tmp_path):
+    weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in checkpoint(kind).items()}
+    files.write(weights, tmp_path / "model.safetensors")
+    write_folder(read_original(tmp_path / "model.safetensors", heads=4), tmp_path / "folder")
+    files.write(original_weights(read_folder(tmp_path / "folder")), tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == weights.keys()
+    for key, value in weights.items():
+        assert back[key].dtype == value.dtype
+        assert torch.equal(back[key], value), key
+
+
+@pytest.mark.parametrize("wrapper", ["bare", "lightning", "deepspeed"])
+@pytest.mark.parametrize("suffix", ["ckpt", "pth"])
+def test_every_wrapper_and_prefix_is_read(wrapper, suffix, tmp_path):
+    weights = checkpoint("siamesediff")
+    files.write(weights, tmp_path / f"model.{suffix}", wrapper)
+    read = files.read(tmp_path / f"model.{suffix}")
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[key], value) for key, value in weights.items())
+
+
+def test_the_prefix_of_parallel_training_is_taken_off(tmp_path):
+    weights = checkpoint("controlldm")
+    torch.save({"module": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "model.pth")
+    assert files.read(tmp_path / "model.pth").keys() == weights.keys()
+
+
+def test_names_agree_with_those_of_diffusers(originals):
+    """diffusers has its own conversion of the U-Net, the plain ControlNet and the VAE."""
+    weights = checkpoint("controlldm")
+    model = read_original(originals["controlldm"], heads=4)
+    theirs = {
+        "unet": convert_ldm_unet_checkpoint(weights, model.configs["unet"]),
+        "controlnet": convert_controlnet_checkpoint(weights, model.configs["controlnet"]),
+        "vae": convert_ldm_vae_checkpoint(dict(weights), model.configs["vae"]),
+    }
+    for part, expected in theirs.items():
+        assert model.weights[part].keys() == expected.keys()
+        assert all(torch.equal(model.weights[part][key], value) for key, value in expected.items())
+
+
+def test_tables_of_the_schedule_are_those_of_the_original_code():
+    told = fixture("controlldm")
+    tables = schedule_tables(0.00085, 0.012)
+    assert tables.keys() == {k for k in told["tables"] if "position_ids" not in k}
+    for name, values in told["table_values"].items():
+        assert tables[name][[0, 1, 500, 999]].tolist() == values, name
+
+
+def test_a_model_without_a_controlnet_starts_from_its_encoder(originals, tokenizer, tmp_path):
+    weights = {k: v for k, v in checkpoint("controlldm").items() if not k.startswith("control_model")}
+    files.write(weights, tmp_path / "sd.safetensors")
+    write_folder(read_original(tmp_path / "sd.safetensors", heads=4), tmp_path / "sd", tokenizer)
+    for start in (tmp_path / "sd.safetensors", tmp_path / "sd"):
+        network = ControlLDM(start=str(start), tokenizer=str(tokenizer))
+        for name, value in network.controlnet.named_parameters():
+            if name in network.unet.state_dict():
+                assert torch.equal(value, network.unet.state_dict()[name]), name
+            elif name.startswith("controlnet_"):
+                assert not value.any()
+
+
+def broken(tmp_path, change):
+    weights = checkpoint("controlldm")
+    change(weights)
+    files.write(weights, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: [w.pop(k) for k in list(w)[::2]], "lacks|has no|not whole|is missing"),
+        (
+            lambda w: w.pop("control_model.zero_convs.1.0.bias"),
+            r"the controlnet is not whole: 1 .*is missing",
+        ),
+        (
+            lambda w: w.update({"lora.up": torch.zeros(2)}),
+            r"1 weights belong to nothing that is known \(lora.up",
+        ),
+        (
+            lambda w: w.update({"model.diffusion_model.out.2.bias": torch.zeros(3)}),
+            r"the unet is not whole: 1 .*conv_out.bias is \(3,\), not \(4,\)",
+        ),
+        (lambda w: [w.pop(k) for k in list(w) if k.startswith("first_stage")], "has no first_stage_model"),
+        (lambda w: (w.clear(), w.update({"conv.weight": torch.zeros(2)})), "it is no whole model of latent"),
+    ],
+    ids=["half the keys", "one missing", "one too many", "other channels", "no vae", "another network"],
+)
+def test_a_broken_checkpoint_says_what_is_wrong(change, said, tmp_path):
+    with pytest.raises(InputError, match=said) as error:
+        read_original(broken(tmp_path, change), heads=4)
+    assert str(tmp_path / "model.safetensors") in str(error.value)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_pickle_with_code_is_refused_without_running_it(wrapped, tmp_path):
+    class Marks:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    content = {"state_dict": checkpoint("controlldm"), "callbacks": Marks()}
+    file = tmp_path / "model.ckpt"
+    if wrapped:
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(Marks(), protocol=2))
+    with pytest.raises(InputError, match=r"was refused: it holds more than weights.*mkdir"):
+        files.read(file)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_old_lightning_file_is_read_without_its_objects(tmp_path, monkeypatch):
+    """They name the classes of callbacks, which are not imported."""
+    import sys
+    import types
+
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    weights = {"a": torch.ones(2)}
+    content = {"state_dict": weights, "callbacks": {module.ModelCheckpoint: {"best": 1}}}
+    torch.save(content, tmp_path / "old.ckpt")
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    assert torch.equal(files.read(tmp_path / "old.ckpt")["a"], weights["a"])
+    assert module.__name__ not in sys.modules
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_a_truncated_file_says_so(suffix, tmp_path):
+    file = tmp_path / f"model.{suffix}"
+    files.write(checkpoint("controlldm"), file)
+    file.write_bytes(file.read_bytes()[:10_000])
+    with pytest.raises(InputError, match=r"is damaged or no .*; fetch it again"):
+        read_model(file)
+
+
+def test_what_is_no_model_says_so(tmp_path):
+    with pytest.raises(InputError, match="no such checkpoint file"):
+        files.read(tmp_path / "nowhere.ckpt")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match="holds no weights by name, but a list"):
+        files.read(tmp_path / "list.pth")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"has no unet/"):
+        read_model(tmp_path / "empty")
+    with pytest.raises(InputError, match="safetensors file has no wrapper"):
+        files.write({"a": torch.ones(1)}, tmp_path / "x.safetensors", "lightning")
+
+
+def test_a_folder_with_another_unet_than_its_config_says_so(originals, tmp_path):
+    write_folder(read_original(originals["controlldm"], heads=4), tmp_path / "folder")
+    config = tmp_path / "folder" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
+    with pytest.raises(InputError, match=r"the unet is not whole.*conv_in.weight is \(32, 4, 3, 3\)"):
+        read_folder(tmp_path / "folder")
+    with pytest.raises(InputError, match="exists; remove it"):
+        write_folder(read_original(originals["controlldm"], heads=4), tmp_path / "folder")
+    stored = tmp_path / "folder" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({}, stored.with_name("another.safetensors"))
+    with pytest.raises(InputError, match="holds 2 safetensors files"):
+        read_folder(tmp_path / "folder")
+
+
+def test_a_checkpoint_of_another_class_says_so(originals, tokenizer):
+    with pytest.raises(InputError, match=r"reads hints by another encoder than ControlLDM"):
+        ControlLDM(start=str(originals["siamesediff"]), tokenizer=str(tokenizer))
+    with pytest.raises(InputError, match=r"reads hints by another encoder than SiameseDiff"):
+        SiameseDiff(start=str(originals["controlldm"]), tokenizer=str(tokenizer))

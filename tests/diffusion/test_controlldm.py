@@ -1,0 +1,258 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
+
+from conftest import make_controlldm
+from diffusion.backbones import ControlLDM, TrainingBatch
+from diffusion.checkpoints import read_original, write_folder
+from diffusion.sampler import Sampler
+from errors import InputError
+from networks.autoencoder import Autoencoder
+from networks.pretrained import load_pretrained, save_pretrained
+from original import inputs
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    image = torch.rand(4, 3, 16, 16) * 2 - 1
+    backbone = make_controlldm()
+    return {
+        "image": image,
+        "mask": torch.randint(0, 2, (4, 16, 16)),
+        "x_0": backbone.encode(image).detach(),
+        "epsilon": torch.randn(4, 4, 8, 8),
+        "t": torch.tensor([0, 10, 500, 999]),
+        "chance": torch.tensor([0.0, 0.3, 0.6, 0.9]),
+    }
+
+
+def stock_output(backbone, x_t, t, hint, prompt):
+    """Return what diffusers' own ControlNet and U-Net say, the hint encoded inside the ControlNet."""
+    control = ControlNetModel.from_unet(backbone.unet, conditioning_embedding_out_channels=(4, 8))
+    control.load_state_dict(
+        backbone.controlnet.state_dict()
+        | {f"controlnet_cond_embedding.{k}": v for k, v in backbone.hint_encoder.state_dict().items()}
+    )
+    down, middle = control(x_t, t, prompt, hint, return_dict=False)
+    return backbone.unet(
+        x_t, t, prompt, down_block_additional_residuals=down, mid_block_additional_residual=middle
+    ).sample
+
+
+def test_a_hint_that_is_encoded_once_gives_what_diffusers_gives(batch):
+    backbone = make_controlldm(guidance=1.0).eval()
+    mask, x, t = batch["mask"], batch["epsilon"], batch["t"]
+    with torch.no_grad():
+        hint = mask[:, None].float().expand(-1, 3, -1, -1)
+        expected = stock_output(backbone, x, t, hint, backbone.contexts[[0]].expand(4, -1, -1))
+        found = backbone.epsilon(x, t, backbone.condition(mask))
+        other = backbone.epsilon(x, t, backbone.condition(1 - mask))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, other, atol=1e-3)
+
+
+def test_guidance_leads_away_from_the_empty_prompt(batch):
+    backbone = make_controlldm(guidance=3.0).eval()
+    x, t, condition = batch["epsilon"], batch["t"], backbone.condition(batch["mask"])
+    hint = condition["hint"]
+    with torch.no_grad():
+        wanted, unwanted = (
+            backbone._output(x, t, hint, backbone.contexts[[row]].expand(4, -1, -1)) for row in (0, 3)
+        )
+        found = backbone.epsilon(x, t, condition)
+    assert torch.allclose(found, unwanted + 3 * (wanted - unwanted), atol=1e-5)
+    assert not torch.allclose(wanted, unwanted, atol=1e-4)
+    assert backbone.passes == 2
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_training_loss_is_the_formula(batch, prediction):
+    backbone = make_controlldm(prediction=prediction, prompt_dropout=0.5)
+    scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    x_t = scheduler.add_noise(batch["x_0"], batch["epsilon"], batch["t"])
+    target = batch["epsilon"]
+    if prediction == "v":
+        target = scheduler.get_velocity(batch["x_0"], batch["epsilon"], batch["t"])
+    rows = torch.tensor([3, 3, 0, 0])  # the first two prompts are dropped
+    hint = batch["mask"][:, None].float().expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        expected = F.mse_loss(stock_output(backbone, x_t, batch["t"], hint, backbone.contexts[rows]), target)
+        loss = backbone.training_loss(TrainingBatch(**batch))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_epsilon_of_v_goes_back_to_v(batch):
+    backbone = make_controlldm(prediction="v", guidance=1.0).eval()
+    scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    x_0, eps, t = batch["x_0"], batch["epsilon"], batch["t"]
+    x_t, v = scheduler.add_noise(x_0, eps, t), scheduler.get_velocity(x_0, eps, t)
+    assert torch.allclose(backbone._as_epsilon(v, x_t, t), eps, atol=1e-5)
+
+
+def test_sampling_is_that_of_the_original_code(batch):
+    """diffusers' DDIM with the settings that repeat the original sampler, step by step."""
+    backbone = make_controlldm(guidance=2.0).eval()
+    scheduler = DDIMScheduler(
+        1000,
+        0.00085,
+        0.012,
+        "scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    scheduler.set_timesteps(10)
+    condition = backbone.condition(batch["mask"])
+    x = batch["epsilon"]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(backbone.epsilon(x, t.expand(4), condition), t, x).prev_sample
+        expected = backbone.decode(x).clamp(-1, 1)
+    found = Sampler(backbone, 10).sample(batch["epsilon"], condition)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("learn", ["control", "decoder", "all"])
+def test_what_is_trained(batch, learn):
+    backbone = make_controlldm(learn=learn)
+    backbone.training_loss(TrainingBatch(**batch)).backward()
+    moved = {name.split(".")[0] for name, p in backbone.named_parameters() if p.grad is not None}
+    unet = {
+        ".".join(n.split(".")[:2])
+        for n, p in backbone.unet.named_parameters(prefix="unet")
+        if p.grad is not None
+    }
+    assert {"controlnet", "hint_encoder"} <= moved
+    assert ("contexts" in moved) == (learn == "all")
+    assert "vae" not in moved
+    decoder = {"unet.up_blocks", "unet.conv_norm_out", "unet.conv_out"}
+    if learn == "all":
+        assert unet > decoder
+    else:
+        assert unet == (decoder if learn == "decoder" else set())
+
+
+def test_gradient_checkpointing_changes_nothing(batch):
+    plain, thrifty = (make_controlldm(gradient_checkpointing=on).train() for on in (False, True))
+    assert thrifty.unet.is_gradient_checkpointing
+    for network in (plain, thrifty):
+        network.training_loss(TrainingBatch(**batch)).backward()
+    for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+        if a.grad is not None:
+            assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+def test_images_are_decoded_one_at_a_time_where_a_gradient_is_asked_for(batch):
+    backbone = make_controlldm().eval().freeze()
+    sizes = []
+    backbone.vae.decoder.register_forward_hook(lambda module, given, out: sizes.append(len(out)))
+    latent = batch["epsilon"].requires_grad_()
+    image = backbone.decode(latent)
+    assert sizes == [1] * 4
+    image.square().sum().backward()
+    gradient = latent.grad.clone()
+    with torch.no_grad():
+        whole = backbone.decode(batch["epsilon"])
+    assert sizes[-1] == 4
+    assert torch.allclose(image, whole, atol=1e-5)
+    direct = batch["epsilon"].detach().requires_grad_()
+    backbone._decoded(direct / backbone.vae.config.scaling_factor).square().sum().backward()
+    assert torch.allclose(gradient, direct.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_grey_images_through_a_vae_of_colours():
+    """DiffBoost's decoder returns the mean of the channels; grey images are repeated on the way in."""
+    grey, colour = make_controlldm(image_channels=1).eval(), make_controlldm().eval()
+    image = torch.rand(2, 1, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(grey.encode(image), colour.encode(image.expand(-1, 3, -1, -1)))
+        z = torch.randn(2, 4, 8, 8)
+        assert torch.allclose(grey.decode(z), colour.decode(z).mean(1, keepdim=True), atol=1e-6)
+
+
+def test_hints_of_diffboost(batch):
+    backbone = make_controlldm(hint="contour", edges="sobel")
+    mask, image = batch["mask"], batch["image"]
+    picture = backbone.picture(mask, image)
+    assert picture.shape == (4, 3, 16, 16)
+    assert picture.min() >= 0
+    assert picture.max() <= 1
+    assert not torch.equal(picture, backbone.picture(mask, image.flip(0)))
+    with pytest.raises(InputError, match="edges sobel: the backbone reads edges of real images"):
+        backbone.condition(mask)
+
+
+def test_a_trained_autoencoder_is_taken_over(tmp_path):
+    torch.manual_seed(3)
+    arguments = dict(make_controlldm().config.vae_config) | {"scaling_factor": 0.7}
+    autoencoder = Autoencoder(**arguments)
+    save_pretrained(autoencoder, tmp_path / "vae", {})
+    backbone = make_controlldm(vae_config=None, autoencoder=str(tmp_path / "vae"))
+    assert backbone.vae.config.scaling_factor == 0.7
+    assert all(
+        torch.equal(value, autoencoder.state_dict()[key]) for key, value in backbone.vae.state_dict().items()
+    )
+    save_pretrained(backbone, tmp_path / "backbone", {})
+    again = load_pretrained(tmp_path / "backbone", ControlLDM)
+    assert again.fingerprint() == backbone.fingerprint()
+    assert "autoencoder" not in again.config
+
+
+def test_prompts_are_embedded_once(originals, tokenizer, tmp_path):
+    write_folder(read_original(originals["controlldm"], heads=4), tmp_path / "start", tokenizer)
+    settings = {
+        "prompt": "a cell",
+        "sampling_prompt": {"a cell": 0.3, "a dog": 0.7},
+        "negative_prompt": "bad",
+    }
+    backbone = ControlLDM(start=str(tmp_path / "start"), **settings)
+    single = ControlLDM(start=str(tmp_path / "start"), prompt="a dog")
+    trained, sampled, negative, empty = backbone.contexts
+    assert torch.allclose(sampled, 0.3 * trained + 0.7 * single.contexts[0], atol=1e-6)
+    assert torch.equal(single.contexts[1], single.contexts[0])  # without another prompt for sampling
+    assert torch.equal(single.contexts[2], single.contexts[3])
+    assert not torch.equal(negative, empty)
+    condition = backbone.condition(inputs()["mask"])
+    assert torch.equal(condition["prompt"][0], sampled)
+    assert torch.equal(condition["negative"][0], negative)
+    save_pretrained(backbone, tmp_path / "weights", {})
+    (tmp_path / "start").rename(tmp_path / "elsewhere")  # what was started from is not needed again
+    again = load_pretrained(tmp_path / "weights", ControlLDM)
+    assert torch.equal(again.contexts, backbone.contexts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"palette": [[0, 0, 0]]}, "palette: has 1 colours for 2 classes"),
+        ({"prompt_dropout": 1.0}, "prompt_dropout 1.0: must be"),
+        ({"hint_channels": (4, 8, 8)}, "hint_channels .*halve the mask 2 times, the VAE its images 1 times"),
+        ({"image_channels": 2}, "image_channels 2: the VAE reads 3"),
+        ({"start": "x", "autoencoder": "y"}, "start and autoencoder: choose one"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes, said):
+    with pytest.raises(InputError, match=said):
+        make_controlldm(**changes)
+
+
+def test_sizes_that_the_vae_cannot_halve():
+    with pytest.raises(InputError, match=r"images of 15 × 16 pixels: the VAE needs .* multiples of 2"):
+        make_controlldm().noise_shape((15, 16))
+    assert make_controlldm().noise_shape((16, 24)) == (4, 8, 12)
+
+
+def test_network_of_stable_diffusion():
+    """859.5 million parameters in the U-Net, 361.3 in the ControlNet, 83.7 in the VAE."""
+    with torch.device("meta"):
+        backbone = ControlLDM()
+    counts = {
+        "unet": backbone.unet,
+        "vae": backbone.vae,
+        "control": torch.nn.ModuleList([backbone.controlnet, backbone.hint_encoder]),
+    }
+    found = {name: sum(p.numel() for p in part.parameters()) for name, part in counts.items()}
+    assert found == {"unet": 859_520_964, "vae": 83_653_863, "control": 361_279_120}

@@ -1,0 +1,143 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import make_controlldm
+from diffusion.backbones import SiameseDiff, TrainingBatch
+from diffusion.checkpoints import layout
+from diffusion.schedule import add_noise
+from original import fixture, inputs
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    backbone = make_siamese()
+    image = torch.rand(4, 3, 16, 16) * 2 - 1
+    return {
+        "image": image,
+        "mask": torch.randint(0, 2, (4, 16, 16)),
+        "x_0": backbone.encode(image).detach(),
+        "epsilon": torch.randn(4, 4, 8, 8),
+        "t": torch.tensor([0, 200, 201, 999]),
+        "chance": torch.zeros(4),
+    }
+
+
+def make_siamese(**changes):
+    return make_controlldm(kind=SiameseDiff, **{"learn": "decoder", **changes})
+
+
+def deep_copied(backbone, batch):
+    """The loss as its authors compute it: copies of both networks, one call after the other."""
+    t, x_0, eps = batch.t, batch.x_0, batch.epsilon
+    alpha_bar = backbone.alpha_bar(t)
+    x_t = add_noise(x_0, eps, alpha_bar)
+    prompt = backbone.contexts[torch.zeros_like(t)]
+    mask = batch.mask[:, None].float().expand(-1, 3, -1, -1)
+
+    def run(unet, control):
+        return unet(
+            x_t,
+            t,
+            prompt,
+            down_block_additional_residuals=control[:-1],
+            mid_block_additional_residual=control[-1],
+        ).sample
+
+    def control_of(controlnet, encoder, picture, x):
+        down, middle = controlnet(x, t, prompt, encoder(picture), return_dict=False)
+        return [*down, middle]
+
+    of_mask = run(backbone.unet, control_of(backbone.controlnet, backbone.hint_encoder, mask, x_t))
+    still = [
+        copy.deepcopy(part).requires_grad_(False) for part in (backbone.controlnet, backbone.hint_encoder)
+    ]
+    copied = copy.deepcopy(backbone.unet)
+    image = control_of(backbone.controlnet, backbone.hint_encoder, (batch.image + 1) / 2, x_t)
+    with torch.no_grad():
+        fixed = control_of(*still, mask, x_t)
+    of_image = run(copied, [f.detach() + batch.progress * i for f, i in zip(fixed, image, strict=True)])
+    terms = {
+        "mask": F.mse_loss(of_mask, eps),
+        "image": F.mse_loss(of_image, eps),
+        "consistency": F.mse_loss(of_mask, of_image.detach()),
+    }
+    if batch.progress > 1 / 3:
+        seen = (x_t - (1 - alpha_bar).sqrt() * of_image) / alpha_bar.sqrt()
+        x_t = add_noise(seen, eps, alpha_bar).detach()
+        again = run(backbone.unet, control_of(backbone.controlnet, backbone.hint_encoder, mask, x_t))
+        terms["augmented"] = ((again - eps).square().mean((1, 2, 3)) * (t <= 200)).mean()
+    return terms
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.2, 0.5, 1.0])
+def test_loss_is_that_of_deep_copies_term_by_term(batch, progress):
+    ours, theirs = make_siamese(), make_siamese()
+    example = TrainingBatch(**batch, progress=progress)
+    terms, expected = ours.losses(example), deep_copied(theirs, example)
+    assert terms.keys() == expected.keys()
+    assert ("augmented" in terms) == (progress > 1 / 3)
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    for name, value in expected.items():
+        ours.zero_grad(), theirs.zero_grad()
+        terms[name].backward(retain_graph=True)
+        value.backward(retain_graph=True)
+        for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            given = torch.zeros_like(a) if a.grad is None else a.grad
+            wanted = torch.zeros_like(b) if b.grad is None else b.grad
+            assert torch.allclose(given, wanted, rtol=1e-3, atol=1e-6), (name, key)
+    assert ours.training_loss(example).item() == pytest.approx(sum(expected.values()).item(), rel=1e-5)
+
+
+def test_the_image_branch_teaches_the_controlnet_and_not_the_unet(batch):
+    backbone = make_siamese()
+    backbone.losses(TrainingBatch(**batch, progress=0.5))["image"].backward()
+    assert all(p.grad is None for p in backbone.unet.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in backbone.controlnet.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in backbone.hint_encoder.parameters())
+
+
+@pytest.mark.parametrize("step", ["300", "2000"])
+def test_loss_and_gradients_are_those_of_the_authors_code(step, originals, tokenizer):
+    told, given = fixture("siamesediff")["losses"][step], inputs()
+    backbone = SiameseDiff(start=str(originals["siamesediff"]), tokenizer=str(tokenizer))
+    heads = backbone.unet.config.attention_head_dim
+    assert heads == [1, 1]  # the file does not say; the authors' tiny network had four
+    backbone = SiameseDiff(start=str(originals["siamesediff"]), tokenizer=str(tokenizer), heads=4)
+    backbone._prompts = lambda batch: given["prompt"]
+    batch = TrainingBatch(
+        given["image"],
+        given["mask"],
+        given["x"],
+        given["epsilon"],
+        given["t"],
+        torch.ones(3),
+        progress=int(step) / 3000,
+    )
+    terms = backbone.losses(batch)
+    terms["augmented"] = terms.get("augmented", torch.zeros(()))
+    expected = told["terms"][:3]  # the fourth is written before samples with t > 200 are left out
+    expected.append(told["loss"] - sum(expected))
+    assert [term.item() for term in terms.values()] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    loss = sum(terms.values())
+    assert loss.item() == pytest.approx(told["loss"], rel=1e-5)
+    loss.backward()
+    shape = layout.Shape(2, 1, (False, True))
+    names = {
+        "unet": (layout.UNET, layout.unet_names(shape)),
+        "controlnet": (layout.CONTROL, layout.control_names(shape)),
+        "hint_encoder": (layout.CONTROL, layout.dhi_names()),
+    }
+    compared = 0
+    for part, (prefix, pairs) in names.items():
+        weights = dict(getattr(backbone, part).named_parameters())
+        for new, old in layout.renamed(weights, list(pairs), back=True).items():
+            if prefix + old in told["gradient_norms"]:
+                norm = weights[new].grad.norm().item()
+                assert norm == pytest.approx(told["gradient_norms"][prefix + old], rel=1e-3), new
+                compared += 1
+    assert compared == len(told["gradient_norms"]) > 200
