@@ -61,3 +61,25 @@ def predict_x0(x_t: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
 def add_noise(x_0: Tensor, epsilon: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε."""
     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * epsilon
+
+
+def min_snr_mse(
+    output: Tensor, target: Tensor, alpha_bar: Tensor, gamma: float | None, v: bool = False
+) -> Tensor:
+    """Return the mean squared error, each sample weighted by min(SNR, γ) / SNR.
+
+    ᾱ / (1 − ᾱ) is the signal-to-noise ratio SNR. Without the weight nearly clean images, which teach least,
+    count most (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023).
+
+    Args:
+        output: what the network predicts, ``(B, C, H, W)``.
+        target: what it should.
+        alpha_bar: ᾱ_t ``(B, 1, 1, 1)``.
+        gamma: γ; None leaves all weights at 1.
+        v: whether v is predicted and not ε; the weight then is min(SNR, γ) / (SNR + 1).
+    """
+    error = (output - target).square()
+    if gamma is None:
+        return error.mean()
+    snr = alpha_bar / (1 - alpha_bar)
+    return (error * snr.clamp(max=gamma) / (snr + v)).mean()

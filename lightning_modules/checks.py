@@ -38,7 +38,7 @@ def check_image_set(source: Source, network: Backbone | Segmenter, argument: str
 
 
 def started(network: Network, weights: str | None, argument: str) -> Network:
-    """Return the network to train: a new one, or a trained one of the same architecture.
+    """Return the network to train, with the weights of a trained one where there is one.
 
     Args:
         network: as configured.
@@ -50,13 +50,14 @@ def started(network: Network, weights: str | None, argument: str) -> Network:
     """
     if weights is None:
         return network
-    trained = load_pretrained(weights, type(network)).train()
+    trained = load_pretrained(weights, type(network))
     if trained.settings() != network.settings():
         raise InputError(
             f"model.weights {weights}: holds another architecture than {argument} "
             f"({trained.settings()}, not {network.settings()}); set {argument} to match"
         )
-    return trained
+    network.load_state_dict(trained.state_dict())
+    return network
 
 
 def check_checkpoint(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

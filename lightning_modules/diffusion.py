@@ -14,6 +14,7 @@ from diffusion.backbones import Backbone, TrainingBatch
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from lightning_modules.checks import check_checkpoint, check_image_set, started
+from lightning_modules.latents import LatentCache
 
 _TRAIN, _VALIDATE = 100, 200  # noise streams; each uses two
 
@@ -31,6 +32,9 @@ class DiffusionLitModule(L.LightningModule):
         sampling_steps: DDIM steps of the preview pictures.
         weights: folder of a trained backbone to start from, of the same architecture as ``backbone``; a
             network that knows no size can so be trained on small images first, and then on large ones.
+        cache: latents to keep in memory, so that an image that comes again is not encoded again; 0 keeps
+            none. Of use where encoding costs something and images come unchanged: ``augmentation: none``
+            or ``flip``.
         seed: seed of timesteps and noise.
 
     Raises:
@@ -44,6 +48,7 @@ class DiffusionLitModule(L.LightningModule):
         warmup_steps: int = 500,
         sampling_steps: int = 50,
         weights: str | None = None,
+        cache: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -54,6 +59,7 @@ class DiffusionLitModule(L.LightningModule):
         self.sampling_steps = sampling_steps
         self.seed = seed
         self.total_steps = 1
+        self.latents = LatentCache(cache)
 
     @property
     def trained(self) -> Backbone:
@@ -78,9 +84,10 @@ class DiffusionLitModule(L.LightningModule):
         noise = NoiseStream(self.seed, batch["index"].tolist(), shape, self.device)
         t = noise.integers(len(self.backbone.alphas_cumprod), stream + 1)
         chance = noise.scalars(lambda rng: rng.random(), stream + 1)
+        x_0 = self.latents.encode(self.backbone, image)
         done = min(1.0, self.global_step / self.total_steps)
         return self.backbone.training_loss(
-            TrainingBatch(image, mask, self.backbone.encode(image), noise.draw(stream), t, chance, done)
+            TrainingBatch(image, mask, x_0, noise.draw(stream), t, chance, done)
         )
 
     def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:

@@ -13,8 +13,8 @@ def shipped(kind):
     return sorted((CONFIGS / kind).glob("*.yaml"))
 
 
-KINDS = ("stages", "data", "segmenters", "backbones", "miners", "methods")
-STAGES, DATA, SEGMENTERS, BACKBONES, MINERS, METHODS = (shipped(kind) for kind in KINDS)
+KINDS = ("stages", "data", "segmenters", "autoencoders", "backbones", "miners", "methods")
+STAGES, DATA, SEGMENTERS, AUTOENCODERS, BACKBONES, MINERS, METHODS = (shipped(kind) for kind in KINDS)
 FOLDERS = ["--model.init_args.backbone=weights/b", "--model.init_args.anchor=weights/s"]
 
 
@@ -29,6 +29,8 @@ def verb(stage_file):
 def partners(stage_file):
     """Files and arguments that a stage needs beside data."""
     model = yaml.safe_load(stage_file.read_text())["model"]["class_path"]
+    if model == "AutoencoderLitModule":
+        return [AUTOENCODERS[0]], []
     if model == "DiffusionLitModule":
         return [BACKBONES[0]], []
     if model == "ScorerLitModule":
@@ -61,7 +63,7 @@ def assert_took(given, parsed, where=""):
 def test_every_kind_is_looked_at():
     """Experiments are read by the workflow, not by the command line."""
     assert {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"experiments"} == set(KINDS)
-    assert all([STAGES, DATA, SEGMENTERS, BACKBONES, MINERS, METHODS])
+    assert all([STAGES, DATA, SEGMENTERS, AUTOENCODERS, BACKBONES, MINERS, METHODS])
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.stem)
@@ -77,6 +79,12 @@ def test_stages_with_all_data(parse, stage_file, data):
 def test_segmenters(parse, segmenter):
     config = parse("fit", [stage("segmenter"), DATA[0], segmenter])
     assert_took(yaml.safe_load(segmenter.read_text()), config)
+
+
+@pytest.mark.parametrize("autoencoder", AUTOENCODERS, ids=lambda f: f.stem)
+def test_autoencoders(parse, autoencoder):
+    config = parse("fit", [stage("autoencoder"), DATA[0], autoencoder])
+    assert_took(yaml.safe_load(autoencoder.read_text()), config)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda f: f.stem)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion.backbones.backbone import Backbone, TrainingBatch
 from diffusion.checkpoints import Model, embed, read_model, tokenizer_of
 from diffusion.hints import coloured, contour, grey_levels, sobel
-from diffusion.schedule import add_noise
+from diffusion.schedule import add_noise, min_snr_mse
 from errors import InputError
 from networks.autoencoder import Autoencoder
 from networks.pretrained import load_pretrained
@@ -63,6 +62,7 @@ class ControlLDM(Backbone):
         guidance: w of classifier-free guidance away from the negative prompt; 1 is none. Under it the
             networks are called with a batch of two for each sample.
         prediction: what the U-Net predicts: ``epsilon`` or ``v`` (Salimans & Ho, ICLR 2022).
+        snr_gamma: γ of min-SNR weighting of the training loss; None weights all timesteps alike.
         beta_schedule: ``linear`` or ``scaled_linear``.
         beta_start: β of the first timestep.
         beta_end: β of the last timestep.
@@ -84,7 +84,7 @@ class ControlLDM(Backbone):
             ``autoencoder`` cannot be used.
     """
 
-    ignore_for_config = ["start", "tokenizer", "heads", "autoencoder"]
+    ignore_for_config = ["start", "tokenizer", "heads", "autoencoder", "gradient_checkpointing", "snr_gamma"]
     spacing = "leading"
     steps_offset = 1
     contexts: Tensor
@@ -105,6 +105,7 @@ class ControlLDM(Backbone):
         prompt_dropout: float = 0.0,
         guidance: float = 9.0,
         prediction: Literal["epsilon", "v"] = "epsilon",
+        snr_gamma: float | None = None,
         beta_schedule: Literal["linear", "scaled_linear"] = "scaled_linear",
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
@@ -123,6 +124,8 @@ class ControlLDM(Backbone):
             raise InputError(f"palette: has {len(palette)} colours for {num_classes} classes; give one each")
         if not 0 <= prompt_dropout < 1:
             raise InputError(f"prompt_dropout {prompt_dropout}: must be at least 0 and below 1, such as 0.05")
+        if snr_gamma is not None and snr_gamma <= 0:
+            raise InputError(f"snr_gamma {snr_gamma}: must be positive, such as 5, or null for equal weights")
         if start is not None and autoencoder is not None:
             raise InputError("start and autoencoder: choose one; what one starts from has its own VAE")
         self.image_channels = image_channels
@@ -135,10 +138,11 @@ class ControlLDM(Backbone):
         self.learnt_prompts = learn == "all"
         self.passes = 1 if guidance == 1 else 2
         self.prediction = prediction
+        self.snr_gamma = snr_gamma
         self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
         self.final_alpha = 1 - beta_start  # ᾱ_0, where the original sampler ends
         model = None if start is None else read_model(start, heads)
-        trained_vae = None if autoencoder is None else load_pretrained(autoencoder, Autoencoder)
+        trained_vae = None if autoencoder is None else load_pretrained(autoencoder, Autoencoder).vae
         if model is not None:
             unet_config, vae_config = (_settings(model.configs[part]) for part in ("unet", "vae"))
         elif trained_vae is not None:
@@ -325,7 +329,12 @@ class ControlLDM(Backbone):
         """Return the mean squared error on ε, or on v."""
         x_t = add_noise(batch.x_0, batch.epsilon, self.alpha_bar(batch.t))
         hint = self.hint_encoder(self.picture(batch.mask, batch.image))
-        return F.mse_loss(self._output(x_t, batch.t, hint, self._prompts(batch)), self._target(batch))
+        output = self._output(x_t, batch.t, hint, self._prompts(batch))
+        return self._error(output, self._target(batch), batch.t)
+
+    def _error(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Return the mean squared error, weighted by timestep where that is asked for."""
+        return min_snr_mse(output, target, self.alpha_bar(t), self.snr_gamma, self.prediction == "v")
 
 
 def controlled(prompt: Tensor, control: Sequence[Tensor]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Qiu et al., "Noise-Consistent Siamese-Diffusion for Medical Image Synthesis and 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -59,16 +58,16 @@ class SiameseDiff(ControlLDM):
         of_image = self._image_output(x_t, t, prompt, both)
         target = self._target(batch)
         terms = {
-            "mask": F.mse_loss(of_mask, target),
-            "image": F.mse_loss(of_image, target),
-            "consistency": F.mse_loss(of_mask, of_image.detach()),
+            "mask": self._error(of_mask, target, t),
+            "image": self._error(of_image, target, t),
+            "consistency": self._error(of_mask, of_image.detach(), t),
         }
         late = t <= LATE
         if batch.progress > AUGMENTED_FROM and late.any():
             seen = self._as_epsilon(of_image.detach(), x_t, t)
             again = (x_t + (1 - alpha_bar).sqrt() * (batch.epsilon - seen))[late]
             output = self._output(again, t[late], mask[late], prompt[late])
-            terms["augmented"] = F.mse_loss(output, target[late]) * late.float().mean()
+            terms["augmented"] = self._error(output, target[late], t[late]) * late.float().mean()
         return terms
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:

@@ -187,14 +187,13 @@ def test_hints_of_diffboost(batch):
 
 def test_a_trained_autoencoder_is_taken_over(tmp_path):
     torch.manual_seed(3)
-    arguments = dict(make_controlldm().config.vae_config) | {"scaling_factor": 0.7}
-    autoencoder = Autoencoder(**arguments)
+    autoencoder = Autoencoder(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    autoencoder.rescale(1 / 0.7)
     save_pretrained(autoencoder, tmp_path / "vae", {})
     backbone = make_controlldm(vae_config=None, autoencoder=str(tmp_path / "vae"))
-    assert backbone.vae.config.scaling_factor == 0.7
-    assert all(
-        torch.equal(value, autoencoder.state_dict()[key]) for key, value in backbone.vae.state_dict().items()
-    )
+    assert backbone.vae.config.scaling_factor == pytest.approx(0.7)
+    trained = autoencoder.vae.state_dict()
+    assert all(torch.equal(value, trained[key]) for key, value in backbone.vae.state_dict().items())
     save_pretrained(backbone, tmp_path / "backbone", {})
     again = load_pretrained(tmp_path / "backbone", ControlLDM)
     assert again.fingerprint() == backbone.fingerprint()

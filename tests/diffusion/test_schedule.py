@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.training_utils import compute_snr
 
 from diffusion.sampler import Sampler
-from diffusion.schedule import add_noise, alphas_cumprod, ddim_timesteps, predict_x0
+from diffusion.schedule import add_noise, alphas_cumprod, ddim_timesteps, min_snr_mse, predict_x0
 
 LINEAR = ("linear", 1e-4, 0.02)
 SCALED = ("scaled_linear", 0.00085, 0.012)
@@ -96,3 +98,17 @@ class ZeroTerminal:
 def test_zero_terminal_snr_is_refused():
     with pytest.raises(ValueError, match="signal-to-noise"):
         Sampler(ZeroTerminal())
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("v", [False, True])
+def test_weights_of_min_snr_are_those_of_diffusers_training_scripts(gamma, v):
+    torch.manual_seed(0)
+    output, target, t = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3), torch.tensor([0, 50, 300, 700, 999])
+    scheduler = DDIMScheduler(1000, *LINEAR[1:], LINEAR[0])
+    snr = compute_snr(scheduler, t)
+    weights = torch.stack([snr, torch.full_like(snr, gamma)]).min(0).values / (snr + 1 if v else snr)
+    expected = ((output - target).square().mean((1, 2, 3)) * weights).mean()
+    alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    assert min_snr_mse(output, target, alpha_bar, gamma, v).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert min_snr_mse(output, target, alpha_bar, None, v).item() == F.mse_loss(output, target).item()

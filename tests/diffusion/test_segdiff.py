@@ -67,6 +67,13 @@ def test_guidance_needs_a_model_that_has_seen_hidden_masks():
         SegDiff(unconditional=1.0)
 
 
+def test_weights_of_the_timesteps_are_not_part_of_the_network():
+    plain, weighted = make_backbone(), make_backbone(snr_gamma=5.0)
+    assert plain.fingerprint() == weighted.fingerprint()
+    with pytest.raises(InputError, match="snr_gamma 0: must be positive"):
+        SegDiff(snr_gamma=0)
+
+
 def test_index_encoding():
     mask = torch.tensor([[[0, 1], [2, 255]]])
     encoded = make_backbone(mask_encoding="index").condition(mask)
