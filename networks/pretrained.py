@@ -1,6 +1,7 @@
 """Networks that live in a folder: config.json + safetensors, loaded strictly, frozen for good."""
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -38,8 +39,14 @@ class Pretrained(ModelMixin, ConfigMixin):
         return json.loads(json.dumps(config, default=str))
 
     def fingerprint(self) -> str:
-        """Return SHA-256 over class, configuration and weights, first 16 hexadecimal digits."""
-        description = f"{type(self).__name__} {json.dumps(self.settings(), sort_keys=True)}"
+        """Return SHA-256 over class, configuration and weights, first 16 hexadecimal digits.
+
+        Arguments at their default are left out, so that a new one changes no fingerprint.
+        """
+        defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
+        usual = json.loads(json.dumps(defaults, default=str))
+        chosen = {key: value for key, value in self.settings().items() if value != usual.get(key)}
+        description = f"{type(self).__name__} {json.dumps(chosen, sort_keys=True)}"
         digest = hashlib.sha256(description.encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())

@@ -1,34 +1,55 @@
-"""SegDiff in pixel space: the mask is concatenated to the noisy image.
+"""SegDiff in pixel space: the mask is concatenated to the noisy image, or its features are added to it.
 
 Konz et al., "Anatomically-Controllable Medical Image Generation with Segmentation-Guided Diffusion
-Models", MICCAI 2024.
+Models", MICCAI 2024, concatenate. Amit et al., "SegDiff: Image Segmentation with Diffusion Probabilistic
+Models", 2021, add an encoder of what is given to the U-Net's first layer; there it is the image that is
+given, and the mask that is made.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.backbones.backbone import Backbone, TrainingBatch
+from diffusion.checkpoints import read_pixel_folder
 from diffusion.schedule import add_noise, min_snr_mse
 from errors import InputError
+from networks.rrdb import RRDBNet
 
 HIDDEN = -1.0
 """Value of all mask channels where the mask is hidden: no class has it."""
 
 
+class FirstLayer(nn.Module):
+    """The U-Net's first layer over the image, plus features that stand in the channels behind it."""
+
+    def __init__(self, image: nn.Conv2d) -> None:
+        super().__init__()
+        self.image = image
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [x_t, features] ``(B, C + F, H, W)`` to ``(B, F, H, W)``."""
+        channels = self.image.in_channels
+        return self.image(x[:, :channels]) + x[:, channels:]
+
+
 class SegDiff(Backbone):
-    """A diffusers ``UNet2DModel`` that reads [x_t, mask].
+    """A diffusers ``UNet2DModel`` that sees the mask.
 
     Args:
         image_channels: channels of the images.
         num_classes: classes of the masks, background included.
         mask_encoding: ``index`` is one channel of value class / 255, as Konz et al. have it;
             ``onehot`` is a channel per foreground class, which learns faster from scratch.
+        fusion: ``concat`` gives the U-Net [x_t, mask]; ``sum`` adds features of the mask, from residual dense
+            blocks, to those of its first layer.
+        encoder_width: features inside that encoder.
+        encoder_blocks: its blocks of three dense blocks each.
         block_out_channels: features of each level; the default is the published network.
         layers_per_block: residual layers a level.
         attention_levels: which levels (0 is the finest) have self-attention.
@@ -44,13 +65,15 @@ class SegDiff(Backbone):
             More makes the image follow its mask more closely, for twice the work of a call.
         snr_gamma: γ of min-SNR weighting of the training loss, such as 5: a short training then follows its
             masks much better; None weights all timesteps alike, as published.
+        start: folder that the published code has written (``unet/`` and ``scheduler/``): its network,
+            schedule and weights take the place of the arguments that describe them; None starts anew.
 
     Raises:
-        InputError: guidance is asked of a model that has never seen a hidden mask, or an argument is out of
-            its range.
+        InputError: guidance is asked of a model that has never seen a hidden mask, an argument is out of its
+            range, or ``start`` cannot be used.
     """
 
-    ignore_for_config = ["snr_gamma"]  # of no account once it is trained
+    ignore_for_config = ["snr_gamma", "start"]  # of no account once it is trained
 
     @register_to_config
     def __init__(
@@ -58,6 +81,9 @@ class SegDiff(Backbone):
         image_channels: int = 3,
         num_classes: int = 2,
         mask_encoding: Literal["index", "onehot"] = "index",
+        fusion: Literal["concat", "sum"] = "concat",
+        encoder_width: int = 64,
+        encoder_blocks: int = 3,
         block_out_channels: Sequence[int] = (128, 128, 256, 256, 512, 512),
         layers_per_block: int = 2,
         attention_levels: Sequence[int] = (4,),
@@ -70,6 +96,7 @@ class SegDiff(Backbone):
         unconditional: float = 0.0,
         guidance: float = 1.0,
         snr_gamma: float | None = None,
+        start: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= unconditional < 1:
@@ -84,42 +111,88 @@ class SegDiff(Backbone):
         self.unconditional = unconditional
         self.guidance = guidance
         self.passes = 1 if guidance == 1 else 2
-        self.image_channels = image_channels
-        self.num_classes = num_classes
+        if start is not None and (fusion, mask_encoding) != ("concat", "index"):
+            raise InputError(
+                "start: the published network has fusion concat and mask_encoding index; set these"
+            )
         self.mask_encoding = mask_encoding
-        self.clip_sample = clip_sample
-        self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
-        levels = range(len(block_out_channels))
+        self.num_classes = num_classes
+        self.fusion = fusion
+        mask_channels = 1 if mask_encoding == "index" else num_classes - 1
+        architecture: dict[str, Any] = {
+            "image_channels": image_channels,
+            "block_out_channels": tuple(block_out_channels),
+            "layers_per_block": layers_per_block,
+            "attention_levels": tuple(attention_levels),
+            "norm_num_groups": norm_num_groups,
+            "beta_schedule": beta_schedule,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "train_steps": train_steps,
+            "clip_sample": clip_sample,
+        }
+        weights = None
+        if start is not None:
+            published, weights = read_pixel_folder(start)
+            architecture |= published
+            self.register_to_config(**published)
+        self.image_channels = architecture["image_channels"]
+        self.clip_sample = architecture["clip_sample"]
+        self._register_schedule(
+            *(architecture[key] for key in ("beta_schedule", "beta_start", "beta_end", "train_steps"))
+        )
+        levels = range(len(architecture["block_out_channels"]))
+        attentive = architecture["attention_levels"]
         self.unet = UNet2DModel(
-            in_channels=image_channels + (1 if mask_encoding == "index" else num_classes - 1),
-            out_channels=image_channels,
-            block_out_channels=tuple(block_out_channels),
-            layers_per_block=layers_per_block,
-            norm_num_groups=norm_num_groups,
-            down_block_types=tuple(
-                "AttnDownBlock2D" if i in attention_levels else "DownBlock2D" for i in levels
-            ),
+            in_channels=self.image_channels + (mask_channels if fusion == "concat" else 0),
+            out_channels=self.image_channels,
+            block_out_channels=architecture["block_out_channels"],
+            layers_per_block=architecture["layers_per_block"],
+            norm_num_groups=architecture["norm_num_groups"],
+            down_block_types=tuple("AttnDownBlock2D" if i in attentive else "DownBlock2D" for i in levels),
             up_block_types=tuple(
-                "AttnUpBlock2D" if i in attention_levels else "UpBlock2D" for i in reversed(levels)
+                "AttnUpBlock2D" if i in attentive else "UpBlock2D" for i in reversed(levels)
             ),
         )
+        if fusion == "sum":
+            features = architecture["block_out_channels"][0]
+            self.unet.conv_in = FirstLayer(self.unet.conv_in)
+            self.encoder = RRDBNet(mask_channels, features, encoder_width, encoder_blocks)
+        if weights is not None:
+            self.unet.load_state_dict(weights)
 
     def noise_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Return (C, H, W): the noise lives in pixel space."""
         return (self.image_channels, *size)
 
     def condition(self, mask: Tensor, image: Tensor | None = None) -> Tensor:
-        """Return the mask channels ``(B, M, H, W)``."""
+        """Return the mask channels ``(B, M, H, W)``, or features of them ``(B, F, H, W)``.
+
+        With features and guidance those of a hidden mask follow: ``(B, 2F, H, W)``.
+        """
+        channels = self._channels(mask)
+        if self.fusion == "concat" or self.guidance == 1:
+            return self._seen(channels)
+        return torch.cat([self._seen(channels), self._seen(torch.full_like(channels, HIDDEN))], dim=1)
+
+    def _channels(self, mask: Tensor) -> Tensor:
         if self.mask_encoding == "index":
             return mask.unsqueeze(1).float() / 255
         return F.one_hot(mask, self.num_classes)[..., 1:].permute(0, 3, 1, 2).float()
+
+    def _seen(self, channels: Tensor) -> Tensor:
+        """Return what the U-Net sees of mask channels."""
+        return channels if self.fusion == "concat" else self.encoder(channels)
 
     def epsilon(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Return ε_φ(x_t, t | y), float32 ``(B, C, H, W)``."""
         if self.guidance == 1:
             return self._epsilon(x_t, t, condition)
-        hidden = torch.full_like(condition, HIDDEN)
-        both = self._epsilon(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([condition, hidden]))
+        if self.fusion == "concat":
+            seen, hidden = condition, torch.full_like(condition, HIDDEN)
+        else:
+            seen, hidden = condition.chunk(2, dim=1)
+        both = self._epsilon(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([seen, hidden]))
         with_mask, without = both.chunk(2)
         return without + self.guidance * (with_mask - without)
 
@@ -138,6 +211,6 @@ class SegDiff(Backbone):
         """Return the mean squared error on ε (Ho et al., NeurIPS 2020, equation 14)."""
         alpha_bar = self.alpha_bar(batch.t)
         x_t = add_noise(batch.x_0, batch.epsilon, alpha_bar)
-        condition = self.condition(batch.mask)
-        condition = torch.where((batch.chance < self.unconditional).view(-1, 1, 1, 1), HIDDEN, condition)
-        return min_snr_mse(self._epsilon(x_t, batch.t, condition), batch.epsilon, alpha_bar, self.snr_gamma)
+        hide = (batch.chance < self.unconditional).view(-1, 1, 1, 1)
+        seen = self._seen(torch.where(hide, HIDDEN, self._channels(batch.mask)))
+        return min_snr_mse(self._epsilon(x_t, batch.t, seen), batch.epsilon, alpha_bar, self.snr_gamma)

@@ -8,6 +8,7 @@ from diffusion.checkpoints.model import (
     read_original,
     write_folder,
 )
+from diffusion.checkpoints.pixel import read_pixel_folder
 from diffusion.checkpoints.prompts import embed, tokenizer_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "read_folder",
     "read_model",
     "read_original",
+    "read_pixel_folder",
     "tokenizer_of",
     "write_folder",
 ]

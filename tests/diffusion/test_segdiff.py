@@ -7,6 +7,7 @@ from conftest import make_backbone
 from diffusion.backbones import SegDiff, TrainingBatch
 from diffusion.noise import NoiseStream
 from errors import InputError
+from networks.pretrained import load_pretrained, save_pretrained
 
 
 @pytest.fixture
@@ -65,6 +66,105 @@ def test_guidance_needs_a_model_that_has_seen_hidden_masks():
         SegDiff(guidance=2.5)
     with pytest.raises(InputError, match=r"unconditional 1\.0"):
         SegDiff(unconditional=1.0)
+
+
+def test_features_are_added_to_those_of_the_first_layer(batch):
+    backbone = make_backbone(fusion="sum", encoder_width=4, encoder_blocks=1).eval()
+    x, t, mask = batch["image"], batch["t"], batch["mask"]
+    first = {}
+    backbone.unet.down_blocks[0].resnets[0].register_forward_hook(
+        lambda module, given, out: first.update(x=given[0])
+    )
+    with torch.no_grad():
+        eps = backbone.epsilon(x, t, backbone.condition(mask))
+        channel = mask[:, None].float()
+        assert torch.allclose(
+            first["x"], backbone.unet.conv_in.image(x) + backbone.encoder(channel), atol=1e-6
+        )
+        assert not torch.allclose(eps, backbone.epsilon(x, t, backbone.condition(1 - mask)), atol=1e-4)
+        loss = backbone.training_loss(TrainingBatch(x_0=x, **batch))
+        x_t = DDPMScheduler(1000, 1e-4, 0.02, "linear").add_noise(x, batch["epsilon"], t)
+        expected = F.mse_loss(backbone.epsilon(x_t, t, backbone.condition(mask)), batch["epsilon"])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    backbone.train().training_loss(TrainingBatch(x_0=x, **batch)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in backbone.encoder.parameters())
+
+
+def test_features_of_a_hidden_mask_under_guidance(batch):
+    backbone = make_backbone(
+        fusion="sum", encoder_width=4, encoder_blocks=1, unconditional=0.1, guidance=2.5
+    ).eval()
+    x, t, mask = batch["image"], batch["t"], batch["mask"]
+    with torch.no_grad():
+        with_mask, without = (
+            backbone._epsilon(x, t, backbone.encoder(channel))
+            for channel in (mask[:, None].float(), -torch.ones(4, 1, 16, 16))
+        )
+        eps = backbone.epsilon(x, t, backbone.condition(mask))
+    assert torch.allclose(eps, without + 2.5 * (with_mask - without), atol=1e-5)
+
+
+def write_published(folder, **changes):
+    """Write a folder as the published training code does."""
+    torch.manual_seed(4)
+    unet = UNet2DModel(
+        **{
+            "sample_size": 16,
+            "in_channels": 2,
+            "out_channels": 1,
+            "layers_per_block": 2,
+            "block_out_channels": (8, 8, 16),
+            "norm_num_groups": 4,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        }
+        | changes
+    )
+    unet.save_pretrained(folder / "unet")
+    DDPMScheduler(num_train_timesteps=1000).save_pretrained(folder / "scheduler")
+    return unet
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_published_folder_is_taken_over(tmp_path, kind):
+    unet = write_published(tmp_path).eval()
+    if kind == "bin":
+        torch.save(unet.state_dict(), tmp_path / "unet" / "diffusion_pytorch_model.bin")
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    backbone = SegDiff(num_classes=3, start=str(tmp_path)).eval()
+    mask, x, t = torch.randint(0, 3, (2, 16, 16)), torch.randn(2, 1, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = unet(torch.cat([x, mask[:, None] / 255], 1), t).sample
+        assert torch.equal(backbone.epsilon(x, t, backbone.condition(mask)), expected)
+    assert (backbone.image_channels, backbone.clip_sample) == (1, True)
+    save_pretrained(backbone, tmp_path / "weights", {})
+    again = load_pretrained(tmp_path / "weights", SegDiff)
+    assert again.fingerprint() == backbone.fingerprint()
+    assert again.noise_shape((16, 16)) == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"in_channels": 4}, "has 3 channels for the mask, not 1"),
+        ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")}, "ResnetDown"),
+    ],
+)
+def test_another_network_is_refused(tmp_path, changes, said):
+    write_published(tmp_path, **changes)
+    with pytest.raises(InputError, match=said):
+        SegDiff(start=str(tmp_path))
+
+
+def test_a_folder_without_its_files_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"unet/config.json: cannot be read"):
+        SegDiff(start=str(tmp_path))
+    write_published(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.safetensors: no such file"):
+        SegDiff(start=str(tmp_path))
+    with pytest.raises(InputError, match="start: the published network has fusion concat"):
+        SegDiff(start=str(tmp_path), mask_encoding="onehot")
 
 
 def test_weights_of_the_timesteps_are_not_part_of_the_network():

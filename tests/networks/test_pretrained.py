@@ -129,6 +129,15 @@ def test_fingerprint_sees_every_weight_and_the_configuration():
         first = miner.fingerprint()
 
 
+def test_fingerprint_leaves_out_what_is_as_usual():
+    """Weights written before an argument was added keep their fingerprint."""
+    miner = make_miner()
+    before = miner.fingerprint()
+    assert miner.config["variance_bound"] == 0.95
+    miner._internal_dict = {k: v for k, v in miner.config.items() if k != "variance_bound"}
+    assert miner.fingerprint() == before
+
+
 @pytest.mark.parametrize("name", ["backbone", "segmenter", "miner"])
 def test_fingerprint_is_stable_over_save_load_and_freeze(weights, tmp_path, name):
     kind = {"backbone": Backbone, "segmenter": Segmenter, "miner": Miner}[name]
