@@ -59,6 +59,7 @@ def checkpoint(name):
     weights = {key: draw(key, shape) for key, shape in fixture(name)["shapes"].items()}
     for key, shape in tables.items():
         weights[key] = torch.arange(shape[-1])[None] if key.endswith("position_ids") else normal(key, shape)
+    weights["betas"] = (torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).float()
     return weights
 
 

@@ -5,6 +5,7 @@ diffusers. FairDiff (Li et al., MICCAI 2024) paints the mask in colours and trai
 too; DiffBoost (Zhang et al., IEEE TMI 2024) draws edges and outlines and trains the ControlNet alone.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -139,6 +140,7 @@ class ControlLDM(Backbone):
         self.passes = 1 if guidance == 1 else 2
         self.prediction = prediction
         self.snr_gamma = snr_gamma
+        self.betas = (beta_start, beta_end)
         self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
         self.final_alpha = 1 - beta_start  # ᾱ_0, where the original sampler ends
         model = None if start is None else read_model(start, heads)
@@ -218,6 +220,26 @@ class ControlLDM(Backbone):
                 "match"
             )
         self.hint_encoder.load_state_dict(found)
+
+    def model(self) -> Model:
+        """Return the networks as those of a diffusers folder; without text encoder."""
+        inside = "controlnet_cond_embedding."
+        hint = self.hint_encoder.state_dict()
+        control = dict(self.controlnet.state_dict())
+        stock = isinstance(self.hint_encoder, ControlNetConditioningEmbedding)
+        if stock:
+            control |= {inside + key: value for key, value in hint.items()}
+        parts = {"unet": self.unet, "controlnet": self.controlnet, "vae": self.vae}
+        weights = {"unet": dict(self.unet.state_dict()), "controlnet": control}
+        weights |= {} if stock else {"hint": dict(hint)}
+        configs = {name: {"_class_name": type(part).__name__, **part.config} for name, part in parts.items()}
+        return Model(configs, weights | {"vae": dict(self.vae.state_dict())}, self.betas)
+
+    def stock_controlnet(self) -> ControlNetModel:
+        """Return a ControlNet that encodes its hint itself, as pipelines of diffusers expect it."""
+        controlnet = copy.deepcopy(self.controlnet)
+        controlnet.controlnet_cond_embedding = self.hint_encoder
+        return controlnet
 
     def _new_hint_encoder(self, hint_channels: Sequence[int]) -> nn.Module:
         """Return what maps pictures ``(B, 3, H, W)`` to features like those of the U-Net's first layer."""

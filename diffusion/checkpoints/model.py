@@ -18,6 +18,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -133,8 +134,14 @@ def read_original(file: str | Path, heads: int | None = None) -> Model:
             f"({', '.join(sorted(left)[:3])}, …): it is of another architecture"
         )
     if "betas" in extras:
-        first, last = (float(f"{value:.6g}") for value in extras["betas"][[0, -1]].double().tolist())
+        betas = extras["betas"].double()
+        first, last = (float(f"{value:.3g}") for value in betas[[0, -1]].tolist())
         model.betas = (first, last)
+        if not torch.allclose(schedule_tables(first, last, len(betas))["betas"].double(), betas, rtol=2e-3):
+            raise InputError(
+                f"{file}: its β go from {first:g} to {last:g} by another rule than scaled_linear, which all "
+                "models of latent diffusion have"
+            )
     _check(model, str(file))
     return model
 
@@ -220,9 +227,7 @@ def read_folder(folder: str | Path) -> Model:
     Raises:
         InputError: there is no such folder, or a network in it is missing, damaged or not whole.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        path = _fetched(str(folder))
+    path = local(folder)
     model = Model()
     for name in FOLDERS:
         part = path / name
@@ -252,10 +257,15 @@ def read_folder(folder: str | Path) -> Model:
     return model
 
 
-def _fetched(name: str) -> Path:
-    """Return the local copy of a model on the hub."""
-    from huggingface_hub import snapshot_download
+def local(folder: str | Path) -> Path:
+    """Return a folder, or the local copy of a model on the hub.
 
+    Raises:
+        InputError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    if Path(folder).is_dir():
+        return Path(folder)
+    name = str(folder)
     wanted = [f"{folder}/*" for folder in (*FOLDERS, "tokenizer", "scheduler")]
     try:
         return Path(

@@ -145,9 +145,18 @@ def broken(tmp_path, change):
             r"the unet is not whole: 1 .*conv_out.bias is \(3,\), not \(4,\)",
         ),
         (lambda w: [w.pop(k) for k in list(w) if k.startswith("first_stage")], "has no first_stage_model"),
+        (lambda w: w.update(betas=torch.linspace(1e-4, 0.02, 1000)), "by another rule than scaled_linear"),
         (lambda w: (w.clear(), w.update({"conv.weight": torch.zeros(2)})), "it is no whole model of latent"),
     ],
-    ids=["half the keys", "one missing", "one too many", "other channels", "no vae", "another network"],
+    ids=[
+        "half the keys",
+        "one missing",
+        "one too many",
+        "other channels",
+        "no vae",
+        "other schedule",
+        "another network",
+    ],
 )
 def test_a_broken_checkpoint_says_what_is_wrong(change, said, tmp_path):
     with pytest.raises(InputError, match=said) as error:
