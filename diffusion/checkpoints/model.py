@@ -368,6 +368,10 @@ def _index(model: Model, tokenizer: bool) -> dict[str, Any]:
 def original_weights(model: Model) -> dict[str, Tensor]:
     """Return the weights of a model under original names, with the tables that the original code asks for."""
     weights = dict(model.extras) or schedule_tables(*model.betas)
+    if not model.extras and "text_encoder" in model.configs:
+        weights[layout.TEXT + _POSITIONS] = torch.arange(
+            model.configs["text_encoder"]["max_position_embeddings"]
+        )[None]
     for folder, own in model.weights.items():
         prefix, names = _names(model, folder)
         for new, old in layout.renamed(own, names, back=True).items():
