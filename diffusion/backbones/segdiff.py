@@ -46,10 +46,6 @@ class SegDiff(Backbone):
         num_classes: classes of the masks, background included.
         mask_encoding: ``index`` is one channel of value class / 255, as Konz et al. have it;
             ``onehot`` is a channel per foreground class, which learns faster from scratch.
-        fusion: ``concat`` gives the U-Net [x_t, mask]; ``sum`` adds features of the mask, from residual dense
-            blocks, to those of its first layer.
-        encoder_width: features inside that encoder.
-        encoder_blocks: its blocks of three dense blocks each.
         block_out_channels: features of each level; the default is the published network.
         layers_per_block: residual layers a level.
         attention_levels: which levels (0 is the finest) have self-attention.
@@ -63,6 +59,10 @@ class SegDiff(Backbone):
             has none.
         guidance: w of classifier-free guidance, ε_∅ + w·(ε_y − ε_∅) (Ho & Salimans, 2022); 1 is none.
             More makes the image follow its mask more closely, for twice the work of a call.
+        fusion: ``concat`` gives the U-Net [x_t, mask]; ``sum`` adds features of the mask, from residual dense
+            blocks, to those of its first layer.
+        encoder_width: features inside that encoder.
+        encoder_blocks: its blocks of three dense blocks each.
         snr_gamma: γ of min-SNR weighting of the training loss, such as 5: a short training then follows its
             masks much better; None weights all timesteps alike, as published.
         start: folder that the published code has written (``unet/`` and ``scheduler/``): its network,
@@ -81,9 +81,6 @@ class SegDiff(Backbone):
         image_channels: int = 3,
         num_classes: int = 2,
         mask_encoding: Literal["index", "onehot"] = "index",
-        fusion: Literal["concat", "sum"] = "concat",
-        encoder_width: int = 64,
-        encoder_blocks: int = 3,
         block_out_channels: Sequence[int] = (128, 128, 256, 256, 512, 512),
         layers_per_block: int = 2,
         attention_levels: Sequence[int] = (4,),
@@ -95,6 +92,9 @@ class SegDiff(Backbone):
         clip_sample: bool = True,
         unconditional: float = 0.0,
         guidance: float = 1.0,
+        fusion: Literal["concat", "sum"] = "concat",
+        encoder_width: int = 64,
+        encoder_blocks: int = 3,
         snr_gamma: float | None = None,
         start: str | None = None,
     ) -> None:
