@@ -1,13 +1,10 @@
-import copy
-
 import pytest
 import torch
-import torch.nn.functional as F
 
+from benchmarks.siamese_step import deep_copied
 from conftest import make_controlldm
 from diffusion.backbones import SiameseDiff, TrainingBatch
 from diffusion.checkpoints import layout
-from diffusion.schedule import add_noise
 from original import fixture, inputs
 
 
@@ -28,49 +25,6 @@ def batch():
 
 def make_siamese(**changes):
     return make_controlldm(kind=SiameseDiff, **{"learn": "decoder", **changes})
-
-
-def deep_copied(backbone, batch):
-    """The loss as its authors compute it: copies of both networks, one call after the other."""
-    t, x_0, eps = batch.t, batch.x_0, batch.epsilon
-    alpha_bar = backbone.alpha_bar(t)
-    x_t = add_noise(x_0, eps, alpha_bar)
-    prompt = backbone.contexts[torch.zeros_like(t)]
-    mask = batch.mask[:, None].float().expand(-1, 3, -1, -1)
-
-    def run(unet, control):
-        return unet(
-            x_t,
-            t,
-            prompt,
-            down_block_additional_residuals=control[:-1],
-            mid_block_additional_residual=control[-1],
-        ).sample
-
-    def control_of(controlnet, encoder, picture, x):
-        down, middle = controlnet(x, t, prompt, encoder(picture), return_dict=False)
-        return [*down, middle]
-
-    of_mask = run(backbone.unet, control_of(backbone.controlnet, backbone.hint_encoder, mask, x_t))
-    still = [
-        copy.deepcopy(part).requires_grad_(False) for part in (backbone.controlnet, backbone.hint_encoder)
-    ]
-    copied = copy.deepcopy(backbone.unet)
-    image = control_of(backbone.controlnet, backbone.hint_encoder, (batch.image + 1) / 2, x_t)
-    with torch.no_grad():
-        fixed = control_of(*still, mask, x_t)
-    of_image = run(copied, [f.detach() + batch.progress * i for f, i in zip(fixed, image, strict=True)])
-    terms = {
-        "mask": F.mse_loss(of_mask, eps),
-        "image": F.mse_loss(of_image, eps),
-        "consistency": F.mse_loss(of_mask, of_image.detach()),
-    }
-    if batch.progress > 1 / 3:
-        seen = (x_t - (1 - alpha_bar).sqrt() * of_image) / alpha_bar.sqrt()
-        x_t = add_noise(seen, eps, alpha_bar).detach()
-        again = run(backbone.unet, control_of(backbone.controlnet, backbone.hint_encoder, mask, x_t))
-        terms["augmented"] = ((again - eps).square().mean((1, 2, 3)) * (t <= 200)).mean()
-    return terms
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.2, 0.5, 1.0])
