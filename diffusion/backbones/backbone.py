@@ -2,13 +2,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffusion.schedule import Spacing, alphas_cumprod
+from diffusion.schedule import Spacing, alphas_cumprod, min_snr_mse
+from errors import InputError
 from networks.pretrained import Pretrained
+
+Prediction = Literal["epsilon", "v"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Backbone(Pretrained, ABC):
         steps_offset: offset of its DDIM timesteps under ``leading`` spacing.
         final_alpha: ᾱ that the last DDIM step ends at.
         clip_sample: whether the sampler clips every x̂_0 to [−1, 1].
+        prediction: what the network predicts: ε, or v = √ᾱ ε − √(1 − ᾱ) x_0 (Salimans & Ho, ICLR 2022).
+        snr_gamma: γ of min-SNR weighting of the training loss; None weights all timesteps alike.
         passes: forward passes of the network in one call of ``epsilon``: 2 under guidance.
         image_channels: channels of the decoded image.
         num_classes: classes of the masks, background included.
@@ -53,6 +58,8 @@ class Backbone(Pretrained, ABC):
     steps_offset: int = 0
     final_alpha: float = 1.0
     clip_sample: bool = False
+    prediction: Prediction = "epsilon"
+    snr_gamma: float | None = None
     passes: int = 1
     image_channels: int
     num_classes: int
@@ -62,6 +69,30 @@ class Backbone(Pretrained, ABC):
     ) -> None:
         table = alphas_cumprod(beta_schedule, beta_start, beta_end, train_steps)
         self.register_buffer("alphas_cumprod", table, persistent=False)
+
+    def _set_loss(self, prediction: Prediction, snr_gamma: float | None) -> None:
+        if snr_gamma is not None and snr_gamma <= 0:
+            raise InputError(f"snr_gamma {snr_gamma}: must be positive, such as 5, or null for equal weights")
+        self.prediction = prediction
+        self.snr_gamma = snr_gamma
+
+    def _as_epsilon(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return ε of the network's output; of v it is √ᾱ v + √(1 − ᾱ) x_t."""
+        if self.prediction == "epsilon":
+            return output
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
+
+    def _target(self, batch: TrainingBatch) -> Tensor:
+        """Return what the network's output should be."""
+        if self.prediction == "epsilon":
+            return batch.epsilon
+        alpha_bar = self.alpha_bar(batch.t)
+        return alpha_bar.sqrt() * batch.epsilon - (1 - alpha_bar).sqrt() * batch.x_0
+
+    def _error(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Return the mean squared error, weighted by timestep where that is asked for."""
+        return min_snr_mse(output, target, self.alpha_bar(t), self.snr_gamma, self.prediction == "v")
 
     @abstractmethod
     def noise_shape(self, size: tuple[int, int]) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.backbones.backbone import Backbone, TrainingBatch
+from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
 from diffusion.checkpoints import Model, embed, read_model, tokenizer_of
 from diffusion.hints import coloured, contour, grey_levels, sobel
-from diffusion.schedule import add_noise, min_snr_mse
+from diffusion.schedule import add_noise
 from errors import InputError
 from networks.autoencoder import Autoencoder
 from networks.pretrained import load_pretrained
@@ -105,7 +105,7 @@ class ControlLDM(Backbone):
         learn: Literal["control", "decoder", "all"] = "decoder",
         prompt_dropout: float = 0.0,
         guidance: float = 9.0,
-        prediction: Literal["epsilon", "v"] = "epsilon",
+        prediction: Prediction = "epsilon",
         snr_gamma: float | None = None,
         beta_schedule: Literal["linear", "scaled_linear"] = "scaled_linear",
         beta_start: float = 0.00085,
@@ -125,8 +125,6 @@ class ControlLDM(Backbone):
             raise InputError(f"palette: has {len(palette)} colours for {num_classes} classes; give one each")
         if not 0 <= prompt_dropout < 1:
             raise InputError(f"prompt_dropout {prompt_dropout}: must be at least 0 and below 1, such as 0.05")
-        if snr_gamma is not None and snr_gamma <= 0:
-            raise InputError(f"snr_gamma {snr_gamma}: must be positive, such as 5, or null for equal weights")
         if start is not None and autoencoder is not None:
             raise InputError("start and autoencoder: choose one; what one starts from has its own VAE")
         self.image_channels = image_channels
@@ -138,8 +136,7 @@ class ControlLDM(Backbone):
         self.guidance = guidance
         self.learnt_prompts = learn == "all"
         self.passes = 1 if guidance == 1 else 2
-        self.prediction = prediction
-        self.snr_gamma = snr_gamma
+        self._set_loss(prediction, snr_gamma)
         self.betas = (beta_start, beta_end)
         self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
         self.final_alpha = 1 - beta_start  # ᾱ_0, where the original sampler ends
@@ -312,20 +309,6 @@ class ControlLDM(Backbone):
     def _output(self, x_t: Tensor, t: Tensor, hint: Tensor, prompt: Tensor) -> Tensor:
         return self._controlled(x_t, t, prompt, self._control(x_t, t, hint, prompt))
 
-    def _as_epsilon(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return ε of the network's output; of v it is √ᾱ v + √(1 − ᾱ) x_t."""
-        if self.prediction == "epsilon":
-            return output
-        alpha_bar = self.alpha_bar(t)
-        return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
-
-    def _target(self, batch: TrainingBatch) -> Tensor:
-        """Return what the network's output should be."""
-        if self.prediction == "epsilon":
-            return batch.epsilon
-        alpha_bar = self.alpha_bar(batch.t)
-        return alpha_bar.sqrt() * batch.epsilon - (1 - alpha_bar).sqrt() * batch.x_0
-
     def _prompts(self, batch: TrainingBatch) -> Tensor:
         """Return the prompt of each training sample ``(B, L, D)``; some are empty."""
         dropped = batch.chance < self.prompt_dropout
@@ -353,10 +336,6 @@ class ControlLDM(Backbone):
         hint = self.hint_encoder(self.picture(batch.mask, batch.image))
         output = self._output(x_t, batch.t, hint, self._prompts(batch))
         return self._error(output, self._target(batch), batch.t)
-
-    def _error(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Return the mean squared error, weighted by timestep where that is asked for."""
-        return min_snr_mse(output, target, self.alpha_bar(t), self.snr_gamma, self.prediction == "v")
 
 
 def controlled(prompt: Tensor, control: Sequence[Tensor]) -> dict[str, Any]:
