@@ -15,9 +15,9 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from diffusion.backbones.backbone import Backbone, TrainingBatch
+from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
 from diffusion.checkpoints import read_pixel_folder
-from diffusion.schedule import add_noise, min_snr_mse
+from diffusion.schedule import add_noise
 from errors import InputError
 from networks.rrdb import RRDBNet
 
@@ -63,8 +63,10 @@ class SegDiff(Backbone):
             blocks, to those of its first layer.
         encoder_width: features inside that encoder.
         encoder_blocks: its blocks of three dense blocks each.
-        snr_gamma: γ of min-SNR weighting of the training loss, such as 5: a short training then follows its
-            masks much better; None weights all timesteps alike, as published.
+        prediction: what the network predicts, ``epsilon`` as published, or ``v``.
+        snr_gamma: γ of min-SNR weighting of the training loss; None weights all timesteps alike, as
+            published. After a short training the images of a model of ``v`` with γ = 5 follow their masks
+            much better.
         start: folder that the published code has written (``unet/`` and ``scheduler/``): its network,
             schedule and weights take the place of the arguments that describe them; None starts anew.
 
@@ -95,6 +97,7 @@ class SegDiff(Backbone):
         fusion: Literal["concat", "sum"] = "concat",
         encoder_width: int = 64,
         encoder_blocks: int = 3,
+        prediction: Prediction = "epsilon",
         snr_gamma: float | None = None,
         start: str | None = None,
     ) -> None:
@@ -105,15 +108,14 @@ class SegDiff(Backbone):
             raise InputError(
                 f"guidance {guidance}: needs a model trained with unconditional above 0, such as 0.1"
             )
-        if snr_gamma is not None and snr_gamma <= 0:
-            raise InputError(f"snr_gamma {snr_gamma}: must be positive, such as 5, or null for equal weights")
-        self.snr_gamma = snr_gamma
+        self._set_loss(prediction, snr_gamma)
         self.unconditional = unconditional
         self.guidance = guidance
         self.passes = 1 if guidance == 1 else 2
-        if start is not None and (fusion, mask_encoding) != ("concat", "index"):
+        if start is not None and (fusion, mask_encoding, prediction) != ("concat", "index", "epsilon"):
             raise InputError(
-                "start: the published network has fusion concat and mask_encoding index; set these"
+                "start: the published network has fusion concat, mask_encoding index and prediction epsilon; "
+                "set these"
             )
         self.mask_encoding = mask_encoding
         self.num_classes = num_classes
@@ -187,16 +189,16 @@ class SegDiff(Backbone):
     def epsilon(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Return ε_φ(x_t, t | y), float32 ``(B, C, H, W)``."""
         if self.guidance == 1:
-            return self._epsilon(x_t, t, condition)
+            return self._as_epsilon(self._output(x_t, t, condition), x_t, t)
         if self.fusion == "concat":
             seen, hidden = condition, torch.full_like(condition, HIDDEN)
         else:
             seen, hidden = condition.chunk(2, dim=1)
-        both = self._epsilon(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([seen, hidden]))
+        both = self._output(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([seen, hidden]))
         with_mask, without = both.chunk(2)
-        return without + self.guidance * (with_mask - without)
+        return self._as_epsilon(without + self.guidance * (with_mask - without), x_t, t)
 
-    def _epsilon(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def _output(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return self.unet(torch.cat([x_t, condition], dim=1), t, return_dict=False)[0].float()
 
     def encode(self, image: Tensor) -> Tensor:
@@ -208,9 +210,8 @@ class SegDiff(Backbone):
         return latent
 
     def training_loss(self, batch: TrainingBatch) -> Tensor:
-        """Return the mean squared error on ε (Ho et al., NeurIPS 2020, equation 14)."""
-        alpha_bar = self.alpha_bar(batch.t)
-        x_t = add_noise(batch.x_0, batch.epsilon, alpha_bar)
+        """Return the mean squared error on ε (Ho et al., NeurIPS 2020, equation 14), or on v."""
+        x_t = add_noise(batch.x_0, batch.epsilon, self.alpha_bar(batch.t))
         hide = (batch.chance < self.unconditional).view(-1, 1, 1, 1)
         seen = self._seen(torch.where(hide, HIDDEN, self._channels(batch.mask)))
-        return min_snr_mse(self._epsilon(x_t, batch.t, seen), batch.epsilon, alpha_bar, self.snr_gamma)
+        return self._error(self._output(x_t, batch.t, seen), self._target(batch), batch.t)

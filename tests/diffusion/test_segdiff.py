@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import compute_snr
 
 from conftest import make_backbone
 from diffusion.backbones import SegDiff, TrainingBatch
@@ -68,6 +69,23 @@ def test_guidance_needs_a_model_that_has_seen_hidden_masks():
         SegDiff(unconditional=1.0)
 
 
+def test_training_loss_on_v(batch):
+    backbone = make_backbone(prediction="v", snr_gamma=5.0)
+    scheduler = DDPMScheduler(1000, 1e-4, 0.02, "linear")
+    x_0, eps, t = batch["image"], batch["epsilon"], batch["t"]
+    x_t, v = scheduler.add_noise(x_0, eps, t), scheduler.get_velocity(x_0, eps, t)
+    with torch.no_grad():
+        output = backbone.unet(torch.cat([x_t, batch["mask"][:, None].float()], 1), t).sample
+        loss = backbone.training_loss(TrainingBatch(x_0=x_0, **batch))
+        predicted = backbone.epsilon(x_t, t, backbone.condition(batch["mask"]))
+    snr = compute_snr(scheduler, t)
+    expected = ((output - v).square().mean((1, 2, 3)) * snr.clamp(max=5) / (snr + 1)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    assert torch.allclose(predicted, alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t, atol=1e-5)
+    assert torch.allclose(backbone._as_epsilon(v, x_t, t), eps, atol=1e-4)
+
+
 def test_features_are_added_to_those_of_the_first_layer(batch):
     backbone = make_backbone(fusion="sum", encoder_width=4, encoder_blocks=1).eval()
     x, t, mask = batch["image"], batch["t"], batch["mask"]
@@ -97,7 +115,7 @@ def test_features_of_a_hidden_mask_under_guidance(batch):
     x, t, mask = batch["image"], batch["t"], batch["mask"]
     with torch.no_grad():
         with_mask, without = (
-            backbone._epsilon(x, t, backbone.encoder(channel))
+            backbone._output(x, t, backbone.encoder(channel))
             for channel in (mask[:, None].float(), -torch.ones(4, 1, 16, 16))
         )
         eps = backbone.epsilon(x, t, backbone.condition(mask))
