@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def coloured(mask: Tensor, palette: Sequence[Sequence[float]]) -> Tensor:
@@ -33,7 +33,10 @@ def contour(mask: Tensor) -> Tensor:
     return _gradient(mask.unsqueeze(1).float(), 3, 10).clamp(max=1)
 
 
-def sobel(image: Tensor) -> Tensor:
-    """Return the edges of images ``(B, C, H, W)``, ``(B, 1, H, W)``; the strongest of an image is 1."""
-    edges = _gradient(image.mean(1, keepdim=True), 1, 2)
-    return edges / edges.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+class Sobel(nn.Module):
+    """Edges by the Sobel gradient; the strongest of an image is 1."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the edges of images ``(B, C, H, W)``, ``(B, 1, H, W)``."""
+        edges = _gradient(image.mean(1, keepdim=True), 1, 2)
+        return edges / edges.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)

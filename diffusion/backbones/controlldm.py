@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
-from diffusion.checkpoints import Model, embed, read_model, tokenizer_of
-from diffusion.hints import coloured, contour, grey_levels, sobel
+from diffusion.checkpoints import Model, embed, read_model, read_weights, tokenizer_of
+from diffusion.hints import Sobel, coloured, contour, grey_levels
 from diffusion.schedule import add_noise
 from errors import InputError
 from networks.autoencoder import Autoencoder
+from networks.hed import HED
 from networks.pretrained import load_pretrained
 
 STABLE_DIFFUSION_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -52,8 +53,9 @@ class ControlLDM(Backbone):
         vae_config: arguments of ``AutoencoderKL``; None is that of Stable Diffusion 1.5.
         hint: what the ControlNet reads of the mask: ``palette``, a colour a class, or ``contour``.
         palette: RGB in [0, 1] of each class; None goes from black to white in even steps.
-        edges: edges of the real image that are added to the hint: ``none`` or ``sobel``. With edges the
-            samples are variations of real images; without them a mask is enough.
+        edges: edges of the real image that are added to the hint: ``none``, ``sobel``, or ``hed``, by the
+            network that DiffBoost's authors use. With edges the samples are variations of real images;
+            without them a mask is enough.
         hint_channels: features of each level of the hint encoder, one more than the VAE has halvings.
         tokens: length of a prompt embedding.
         learn: what is trained: ``control`` (the ControlNet), ``decoder`` (and the decoder of the U-Net), or
@@ -79,13 +81,17 @@ class ControlLDM(Backbone):
         heads: attention heads of the U-Net of an original checkpoint, which does not say; None is Stable
             Diffusion's 8, or one for each 64 features where prompts have not 768.
         autoencoder: folder of a trained VAE, where there is no ``start``.
+        hed: file of weights for ``edges: hed``, ``network-bsds500.pth``; needed once, they are handed on.
 
     Raises:
         InputError: an argument is out of its range, two contradict each other, or ``start`` or
             ``autoencoder`` cannot be used.
     """
 
-    ignore_for_config = ["start", "tokenizer", "heads", "autoencoder", "gradient_checkpointing", "snr_gamma"]
+    ignore_for_config = [
+        *("start", "tokenizer", "heads", "autoencoder", "hed"),  # where weights came from
+        *("gradient_checkpointing", "snr_gamma"),  # of no account once it is trained
+    ]
     spacing = "leading"
     steps_offset = 1
     contexts: Tensor
@@ -99,7 +105,7 @@ class ControlLDM(Backbone):
         vae_config: dict[str, Any] | None = None,
         hint: Literal["palette", "contour"] = "palette",
         palette: Sequence[Sequence[float]] | None = None,
-        edges: Literal["none", "sobel"] = "none",
+        edges: Literal["none", "sobel", "hed"] = "none",
         hint_channels: Sequence[int] = (16, 32, 96, 256),
         tokens: int = 77,
         learn: Literal["control", "decoder", "all"] = "decoder",
@@ -119,6 +125,7 @@ class ControlLDM(Backbone):
         tokenizer: str = TOKENIZER,
         heads: int | None = None,
         autoencoder: str | None = None,
+        hed: str | None = None,
     ) -> None:
         super().__init__()
         if palette is not None and len(palette) != num_classes:
@@ -184,8 +191,10 @@ class ControlLDM(Backbone):
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             self.controlnet.enable_gradient_checkpointing()
+        self.edge_detector = _edge_detector(edges, hed)
         self.requires_grad_(learn == "all")
-        self.vae.requires_grad_(False)
+        for part in (self.vae, self.edge_detector):
+            part.requires_grad_(False)
         for part in (self.controlnet, self.hint_encoder):
             part.requires_grad_(True)
         if learn == "decoder":
@@ -270,7 +279,7 @@ class ControlLDM(Backbone):
                     f"edges {self.edges}: the backbone reads edges of real images, and there are only masks "
                     "here; use a backbone with edges none"
                 )
-            hint = (hint + sobel(image)).clamp(max=1)
+            hint = (hint + self.edge_detector(image)).clamp(max=1)
         return hint.expand(-1, 3, -1, -1)
 
     def condition(self, mask: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
@@ -346,6 +355,27 @@ def controlled(prompt: Tensor, control: Sequence[Tensor]) -> dict[str, Any]:
         "mid_block_additional_residual": control[-1],
         "return_dict": False,
     }
+
+
+def _edge_detector(edges: str, hed: str | None) -> nn.Module:
+    """Return what finds the edges of images.
+
+    Raises:
+        InputError: the weights cannot be read, or are another network's.
+    """
+    if edges != "hed":
+        if hed is not None:
+            raise InputError(f"hed {hed}: is of use with edges hed only")
+        return Sobel()
+    detector = HED()
+    if hed is not None:
+        try:
+            detector.load_state_dict(read_weights(hed))
+        except RuntimeError as error:
+            raise InputError(
+                f"hed {hed}: holds another network than HED; give network-bsds500.pth"
+            ) from error
+    return detector
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

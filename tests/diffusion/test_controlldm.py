@@ -6,9 +6,11 @@ from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
 from conftest import make_controlldm
 from diffusion.backbones import ControlLDM, TrainingBatch
 from diffusion.checkpoints import read_original, write_folder
+from diffusion.hints import contour
 from diffusion.sampler import Sampler
 from errors import InputError
 from networks.autoencoder import Autoencoder
+from networks.hed import HED
 from networks.pretrained import load_pretrained, save_pretrained
 from original import inputs
 
@@ -183,6 +185,24 @@ def test_hints_of_diffboost(batch):
     assert not torch.equal(picture, backbone.picture(mask, image.flip(0)))
     with pytest.raises(InputError, match="edges sobel: the backbone reads edges of real images"):
         backbone.condition(mask)
+
+
+def test_edges_by_the_network_of_diffboost(batch, tmp_path):
+    torch.manual_seed(5)
+    detector = HED()
+    torch.save(detector.state_dict(), tmp_path / "network-bsds500.pth")
+    backbone = make_controlldm(hint="contour", edges="hed", hed=str(tmp_path / "network-bsds500.pth"))
+    with torch.no_grad():
+        expected = (contour(batch["mask"]) + detector(batch["image"])).clamp(max=1)
+        assert torch.equal(backbone.picture(batch["mask"], batch["image"]), expected.expand(-1, 3, -1, -1))
+    assert not any(p.requires_grad for p in backbone.edge_detector.parameters())
+    save_pretrained(backbone, tmp_path / "weights", {})
+    assert load_pretrained(tmp_path / "weights", ControlLDM).fingerprint() == backbone.fingerprint()
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other.pth: holds another network than HED"):
+        make_controlldm(edges="hed", hed=str(tmp_path / "other.pth"))
+    with pytest.raises(InputError, match="is of use with edges hed only"):
+        make_controlldm(hed=str(tmp_path / "network-bsds500.pth"))
 
 
 def test_a_trained_autoencoder_is_taken_over(tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from scipy.signal import convolve2d
 
-from diffusion.hints import coloured, contour, grey_levels, sobel
+from diffusion.hints import Sobel, coloured, contour, grey_levels
 
 
 def test_every_class_has_its_colour():
@@ -27,7 +27,7 @@ def test_contours_are_those_of_diffboost():
 def test_edges_lie_where_an_image_changes():
     image = torch.zeros(2, 3, 8, 8)
     image[0, :, :, 4:] = 0.3
-    edges = sobel(image)
+    edges = Sobel()(image)
     assert edges.shape == (2, 1, 8, 8)
     assert torch.allclose(edges[0, 0], torch.tensor([0, 0, 0, 1.0, 1.0, 0, 0, 0]).expand(8, 8))
     assert not edges[1].any()
