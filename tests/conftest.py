@@ -10,9 +10,9 @@ import cli
 import original
 from datamodules.sources import PhantomSource
 from diffusion.backbones import ControlLDM, SegDiff
-from diffusion.checkpoints import files
 from networks import Miner, NNUNet
 from networks.pretrained import save_pretrained
+from networks.weight_files import write_weights
 
 torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -154,5 +154,5 @@ def originals(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("originals")
     found = {kind: folder / f"{kind}.safetensors" for kind in original.KINDS}
     for kind, file in found.items():
-        files.write(original.checkpoint(kind), file)
+        write_weights(original.checkpoint(kind), file)
     return found

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
-from diffusion.checkpoints import Model, embed, read_model, read_weights, tokenizer_of
+from diffusion.checkpoints import Model, embed, read_model, tokenizer_of
 from diffusion.hints import Sobel, coloured, contour, grey_levels
 from diffusion.schedule import add_noise
 from errors import InputError
 from networks.autoencoder import Autoencoder
 from networks.hed import HED
 from networks.pretrained import load_pretrained
+from networks.weight_files import read_weights
 
 STABLE_DIFFUSION_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 STABLE_DIFFUSION_VAE = {

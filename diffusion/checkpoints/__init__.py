@@ -1,6 +1,5 @@
 """Latent diffusion models as files: those of the original repositories, and folders of diffusers."""
 
-from diffusion.checkpoints.files import read as read_weights
 from diffusion.checkpoints.model import (
     Model,
     original_weights,
@@ -20,7 +19,6 @@ __all__ = [
     "read_model",
     "read_original",
     "read_pixel_folder",
-    "read_weights",
     "tokenizer_of",
     "write_folder",
 ]

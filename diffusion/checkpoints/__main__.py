@@ -15,7 +15,6 @@ import yaml
 
 import diffusion.backbones as backbones
 from diffusion.backbones import Backbone, ControlLDM
-from diffusion.checkpoints import files
 from diffusion.checkpoints.model import (
     Model,
     local,
@@ -27,6 +26,7 @@ from diffusion.checkpoints.model import (
 )
 from errors import InputError
 from networks.pretrained import load_pretrained, save_pretrained
+from networks.weight_files import write_weights
 
 
 def to_diffusers(options: argparse.Namespace) -> Model:
@@ -39,7 +39,7 @@ def to_diffusers(options: argparse.Namespace) -> Model:
 def to_original(options: argparse.Namespace) -> Model:
     """Write a diffusers folder as an original checkpoint."""
     model = read_folder(options.source)
-    files.write(original_weights(model), options.target, options.wrapper)
+    write_weights(original_weights(model), options.target, options.wrapper)
     return model
 
 

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion.checkpoints import files, layout
+from diffusion.checkpoints import layout
 from errors import InputError
 from networks.dhi import siamese_hint
+from networks.weight_files import read_weights
 
 FOLDERS = ("unet", "controlnet", "hint", "vae", "text_encoder")
 EXTRAS = "original.safetensors"
@@ -89,13 +90,13 @@ def read_original(file: str | Path, heads: int | None = None) -> Model:
     """Return the model of an original checkpoint.
 
     Args:
-        file: as :func:`diffusion.checkpoints.files.read` reads it.
+        file: as :func:`networks.weight_files.read_weights` reads it.
         heads: attention heads of the U-Net, if they are not Stable Diffusion's.
 
     Raises:
         InputError: the checkpoint cannot be read, lacks a weight, or holds one that nothing explains.
     """
-    given = files.read(file)
+    given = read_weights(file)
     extras = {key: value for key, value in given.items() if _EXPLAINED.match(key)}
     left = given.keys() - extras.keys()
     prefixes = {

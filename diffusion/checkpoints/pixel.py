@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion.checkpoints import files
 from errors import InputError
+from networks.weight_files import read_weights
 
 EXPECTED = {"center_input_sample": False, "time_embedding_type": "positional", "act_fn": "silu"}
 """What a U-Net must have where its configuration says anything about it."""
@@ -55,4 +55,4 @@ def read_pixel_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Ten
     file = next((f for f in (stem.with_suffix(s) for s in (".safetensors", ".bin")) if f.is_file()), None)
     if file is None:
         raise InputError(f"{stem}.safetensors: no such file; give the folder that training has written")
-    return settings, files.read(file)
+    return settings, read_weights(file)

@@ -14,7 +14,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.backbones import ControlLDM, SiameseDiff
 from diffusion.checkpoints import (
-    files,
     original_weights,
     read_folder,
     read_model,
@@ -23,6 +22,7 @@ from diffusion.checkpoints import (
 )
 from diffusion.checkpoints.model import schedule_tables
 from errors import InputError
+from networks.weight_files import read_weights, write_weights
 from original import KINDS, SAMPLE, checkpoint, fixture, inputs
 
 CLASSES = {"controlldm": ControlLDM, "siamesediff": SiameseDiff}
@@ -60,9 +60,9 @@ def test_a_loaded_model_answers_as_the_original_code(kind, originals, tokenizer,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_there_and_back_changes_no_bit(kind, dtype, tmp_path):
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in checkpoint(kind).items()}
-    files.write(weights, tmp_path / "model.safetensors")
+    write_weights(weights, tmp_path / "model.safetensors")
     write_folder(read_original(tmp_path / "model.safetensors", heads=4), tmp_path / "folder")
-    files.write(original_weights(read_folder(tmp_path / "folder")), tmp_path / "back.safetensors")
+    write_weights(original_weights(read_folder(tmp_path / "folder")), tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == weights.keys()
     for key, value in weights.items():
@@ -74,8 +74,8 @@ def test_there_and_back_changes_no_bit(kind, dtype, tmp_path):
 @pytest.mark.parametrize("suffix", ["ckpt", "pth"])
 def test_every_wrapper_and_prefix_is_read(wrapper, suffix, tmp_path):
     weights = checkpoint("siamesediff")
-    files.write(weights, tmp_path / f"model.{suffix}", wrapper)
-    read = files.read(tmp_path / f"model.{suffix}")
+    write_weights(weights, tmp_path / f"model.{suffix}", wrapper)
+    read = read_weights(tmp_path / f"model.{suffix}")
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[key], value) for key, value in weights.items())
 
@@ -83,7 +83,7 @@ def test_every_wrapper_and_prefix_is_read(wrapper, suffix, tmp_path):
 def test_the_prefix_of_parallel_training_is_taken_off(tmp_path):
     weights = checkpoint("controlldm")
     torch.save({"module": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "model.pth")
-    assert files.read(tmp_path / "model.pth").keys() == weights.keys()
+    assert read_weights(tmp_path / "model.pth").keys() == weights.keys()
 
 
 def test_names_agree_with_those_of_diffusers(originals):
@@ -110,7 +110,7 @@ def test_tables_of_the_schedule_are_those_of_the_original_code():
 
 def test_a_model_without_a_controlnet_starts_from_its_encoder(originals, tokenizer, tmp_path):
     weights = {k: v for k, v in checkpoint("controlldm").items() if not k.startswith("control_model")}
-    files.write(weights, tmp_path / "sd.safetensors")
+    write_weights(weights, tmp_path / "sd.safetensors")
     write_folder(read_original(tmp_path / "sd.safetensors", heads=4), tmp_path / "sd", tokenizer)
     for start in (tmp_path / "sd.safetensors", tmp_path / "sd"):
         network = ControlLDM(start=str(start), tokenizer=str(tokenizer))
@@ -124,7 +124,7 @@ def test_a_model_without_a_controlnet_starts_from_its_encoder(originals, tokeniz
 def broken(tmp_path, change):
     weights = checkpoint("controlldm")
     change(weights)
-    files.write(weights, tmp_path / "model.safetensors")
+    write_weights(weights, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -177,7 +177,7 @@ def test_a_pickle_with_code_is_refused_without_running_it(wrapped, tmp_path):
     else:
         file.write_bytes(pickle.dumps(Marks(), protocol=2))
     with pytest.raises(InputError, match=r"was refused: it holds more than weights.*mkdir"):
-        files.read(file)
+        read_weights(file)
     assert not (tmp_path / "ran").exists()
 
 
@@ -196,14 +196,14 @@ def test_an_old_lightning_file_is_read_without_its_objects(tmp_path, monkeypatch
     torch.save(content, tmp_path / "old.ckpt")
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.delitem(sys.modules, name)
-    assert torch.equal(files.read(tmp_path / "old.ckpt")["a"], weights["a"])
+    assert torch.equal(read_weights(tmp_path / "old.ckpt")["a"], weights["a"])
     assert module.__name__ not in sys.modules
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_a_truncated_file_says_so(suffix, tmp_path):
     file = tmp_path / f"model.{suffix}"
-    files.write(checkpoint("controlldm"), file)
+    write_weights(checkpoint("controlldm"), file)
     file.write_bytes(file.read_bytes()[:10_000])
     with pytest.raises(InputError, match=r"is damaged or no .*; fetch it again"):
         read_model(file)
@@ -211,15 +211,15 @@ def test_a_truncated_file_says_so(suffix, tmp_path):
 
 def test_what_is_no_model_says_so(tmp_path):
     with pytest.raises(InputError, match="no such checkpoint file"):
-        files.read(tmp_path / "nowhere.ckpt")
+        read_weights(tmp_path / "nowhere.ckpt")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="holds no weights by name, but a list"):
-        files.read(tmp_path / "list.pth")
+        read_weights(tmp_path / "list.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no unet/"):
         read_model(tmp_path / "empty")
     with pytest.raises(InputError, match="safetensors file has no wrapper"):
-        files.write({"a": torch.ones(1)}, tmp_path / "x.safetensors", "lightning")
+        write_weights({"a": torch.ones(1)}, tmp_path / "x.safetensors", "lightning")
 
 
 def test_a_folder_with_another_unet_than_its_config_says_so(originals, tmp_path):

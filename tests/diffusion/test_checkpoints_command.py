@@ -4,10 +4,11 @@ import yaml
 from safetensors.torch import load_file
 
 from diffusion.backbones import ControlLDM, SiameseDiff
-from diffusion.checkpoints import files, read_folder
+from diffusion.checkpoints import read_folder
 from diffusion.checkpoints.__main__ import main
 from errors import InputError
 from networks.pretrained import load_pretrained, save_pretrained
+from networks.weight_files import read_weights
 from original import checkpoint
 
 
@@ -31,7 +32,7 @@ def test_there_and_back(originals, tmp_path, capsys):
     assert "weights of hint" in said
     assert "14 that no network uses" in said
     main(["to-original", str(tmp_path / "folder"), str(tmp_path / "back.ckpt"), "--wrapper", "lightning"])
-    back, expected = files.read(tmp_path / "back.ckpt"), checkpoint("siamesediff")
+    back, expected = read_weights(tmp_path / "back.ckpt"), checkpoint("siamesediff")
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[key], value) for key, value in expected.items())
 

@@ -44,7 +44,7 @@ ALLOWED = (
 """What old Lightning files may name beside tensors; each is read as :class:`Inert`, none is imported."""
 
 
-def read(file: str | Path) -> dict[str, Tensor]:
+def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Return the weights of a checkpoint by name, without wrapper and without a framework's prefix.
 
     Pickles are read with ``weights_only``: what is not a tensor, a plain container or in :data:`ALLOWED`
@@ -52,7 +52,7 @@ def read(file: str | Path) -> dict[str, Tensor]:
 
     Args:
         file: ``.safetensors``, or ``.ckpt``, ``.pth``, ``.pt`` or ``.bin``: bare weights, those of a
-            Lightning checkpoint (``state_dict``) or of a DeepSpeed one (``module``).
+            Lightning checkpoint (``state_dict``), of a DeepSpeed one (``module``) or under ``model``.
 
     Raises:
         InputError: the file is missing, damaged, refused, or holds no weights.
@@ -61,7 +61,7 @@ def read(file: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise InputError(f"{file}: no such checkpoint file")
     content = _tensors(file) if file.suffix == ".safetensors" else _unpickled(file)
-    for wrapper in ("state_dict", "module"):
+    for wrapper in ("state_dict", "module", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
@@ -98,7 +98,7 @@ def _unpickled(file: Path) -> Any:
         raise InputError(f"{file}: is damaged or no checkpoint ({reason}); fetch it again") from error
 
 
-def write(weights: Mapping[str, Tensor], file: str | Path, wrapper: Wrapper = "bare") -> None:
+def write_weights(weights: Mapping[str, Tensor], file: str | Path, wrapper: Wrapper = "bare") -> None:
     """Write weights under original names, whole or not at all.
 
     Args:
