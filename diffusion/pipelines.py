@@ -1,15 +1,10 @@
 """A trained miner in any pipeline of diffusers: it chooses the ``latents``, the pipeline does the rest.
 
-pipeline = StableDiffusionControlNetPipeline.from_pretrained(folder)
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-miner = load_pretrained("runs/mine/weights", Miner).freeze()
-call = {"prompt": "A photo of a polyp.", "image": hint, "guidance_scale": 9.0, "num_inference_steps": 50}
-noise = torch.randn(1, 4, 48, 48)
-image = pipeline(latents=mined_latents(pipeline, miner, noise, **call), **call).images[0]
+``docs/backbones.md`` has an example.
 """
 
+import copy
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,7 +37,8 @@ def initial_epsilon(
     Raises:
         InputError: the scheduler scales its noise, as DDIM does not, or predicts x_0.
     """
-    scheduler = pipeline.scheduler
+    usual = pipeline.scheduler
+    scheduler = copy.copy(usual)
     kind = scheduler.config.prediction_type
     if float(scheduler.init_noise_sigma) != 1 or kind not in ("epsilon", "v_prediction"):
         raise InputError(
@@ -59,14 +55,14 @@ def initial_epsilon(
     def caught(output: Tensor, t: Any, *arguments: Any, **keywords: Any) -> None:
         raise _Predicted(output, int(t))
 
-    with (
-        mock.patch.object(scheduler, "step", caught),
-        mock.patch.object(scheduler, "set_timesteps", start_at),
-    ):
-        try:
-            pipeline(latents=latents, **call)
-        except _Predicted as found:
-            output, t = found.args
+    scheduler.step, scheduler.set_timesteps = caught, start_at
+    pipeline.scheduler = scheduler
+    try:
+        pipeline(latents=latents, **call)
+    except _Predicted as found:
+        output, t = found.args
+    finally:
+        pipeline.scheduler = usual
     alpha_bar = scheduler.alphas_cumprod[t].to(output)
     if kind == "v_prediction":
         output = alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * latents.to(output)

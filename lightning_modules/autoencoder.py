@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -14,6 +13,7 @@ from datamodules.sources import Source
 from diffusion.noise import NoiseStream
 from errors import InputError
 from lightning_modules.checks import check_checkpoint
+from lightning_modules.optimisation import cosine
 from networks.autoencoder import Autoencoder
 
 _TRAIN, _VALIDATE = 300, 400
@@ -92,8 +92,7 @@ class AutoencoderLitModule(L.LightningModule):
         """Log the mean absolute error, and keep what tells the spread of the latents."""
         _, error, mean = self._loss(batch, _VALIDATE)
         self.log("autoencoder/val_error", error, prog_bar=True, batch_size=len(mean), sync_dist=True)
-        self.moments.append(torch.stack([mean.square().mean(), mean.mean()]) * len(mean))
-        self.moments[-1] = torch.cat([self.moments[-1], self.moments[-1].new_tensor([len(mean)])])
+        self.moments.append(torch.stack([mean.square().sum(), mean.sum(), mean.new_tensor(mean.numel())]))
 
     def on_validation_epoch_end(self) -> None:
         """Write the scale of the latents to the configuration."""
@@ -112,7 +111,5 @@ class AutoencoderLitModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimiser and schedule over the trainer's number of steps."""
-        optimizer: Any = self.optimizer(list(self.autoencoder.parameters()))
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, total // 10), total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimizer = self.optimizer(list(self.autoencoder.parameters()))
+        return cosine(optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches))

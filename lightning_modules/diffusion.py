@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -15,6 +14,7 @@ from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from lightning_modules.checks import check_checkpoint, check_image_set, started
 from lightning_modules.latents import LatentCache
+from lightning_modules.optimisation import cosine
 
 _TRAIN, _VALIDATE = 100, 200  # noise streams; each uses two
 
@@ -116,7 +116,6 @@ class DiffusionLitModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimiser and schedule over the trainer's number of steps."""
-        optimizer: Any = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
-        total = self.total_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, min(self.warmup_steps, total // 10), total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimizer = self.optimizer([p for p in self.backbone.parameters() if p.requires_grad])
+        self.total_steps = int(self.trainer.estimated_stepping_batches)
+        return cosine(optimizer, self.warmup_steps, self.total_steps)

@@ -70,6 +70,20 @@ def make_controlldm(seed=0, kind=ControlLDM, **changes):
     return backbone
 
 
+def latent_batch(backbone, t):
+    """What a training loss needs of a batch for ``make_controlldm``, beside the progress."""
+    torch.manual_seed(0)
+    image = torch.rand(4, 3, 16, 16) * 2 - 1
+    return {
+        "image": image,
+        "mask": torch.randint(0, 2, (4, 16, 16)),
+        "x_0": backbone.encode(image).detach(),
+        "epsilon": torch.randn(4, 4, 8, 8),
+        "t": torch.tensor(t),
+        "chance": torch.tensor([0.0, 0.3, 0.6, 0.9]),
+    }
+
+
 def make_segmenter(seed=0, **changes):
     torch.manual_seed(seed)
     settings = {

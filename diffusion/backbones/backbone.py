@@ -48,7 +48,7 @@ class Backbone(Pretrained, ABC):
         clip_sample: whether the sampler clips every x̂_0 to [−1, 1].
         prediction: what the network predicts: ε, or v = √ᾱ ε − √(1 − ᾱ) x_0 (Salimans & Ho, ICLR 2022).
         snr_gamma: γ of min-SNR weighting of the training loss; None weights all timesteps alike.
-        passes: forward passes of the network in one call of ``epsilon``: 2 under guidance.
+        guidance: w of classifier-free guidance; 1 is none.
         image_channels: channels of the decoded image.
         num_classes: classes of the masks, background included.
     """
@@ -60,7 +60,7 @@ class Backbone(Pretrained, ABC):
     clip_sample: bool = False
     prediction: Prediction = "epsilon"
     snr_gamma: float | None = None
-    passes: int = 1
+    guidance: float = 1.0
     image_channels: int
     num_classes: int
 
@@ -69,6 +69,11 @@ class Backbone(Pretrained, ABC):
     ) -> None:
         table = alphas_cumprod(beta_schedule, beta_start, beta_end, train_steps)
         self.register_buffer("alphas_cumprod", table, persistent=False)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the network in one call of ``epsilon``: 2 under guidance."""
+        return 1 if self.guidance == 1 else 2
 
     def _set_loss(self, prediction: Prediction, snr_gamma: float | None) -> None:
         if snr_gamma is not None and snr_gamma <= 0:
@@ -82,6 +87,11 @@ class Backbone(Pretrained, ABC):
             return output
         alpha_bar = self.alpha_bar(t)
         return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
+
+    def _guided(self, both: Tensor) -> Tensor:
+        """Return unwanted + w·(wanted − unwanted) of outputs ``(2B, …)``, the wanted ones first."""
+        wanted, unwanted = both.chunk(2)
+        return unwanted + self.guidance * (wanted - unwanted)
 
     def _target(self, batch: TrainingBatch) -> Tensor:
         """Return what the network's output should be."""

@@ -143,7 +143,6 @@ class ControlLDM(Backbone):
         self.prompt_dropout = prompt_dropout
         self.guidance = guidance
         self.learnt_prompts = learn == "all"
-        self.passes = 1 if guidance == 1 else 2
         self._set_loss(prediction, snr_gamma)
         self.betas = (beta_start, beta_end)
         self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
@@ -160,20 +159,7 @@ class ControlLDM(Backbone):
             unet_config=_settings(self.unet.config), vae_config=_settings(self.vae.config)
         )
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if 2 ** (len(hint_channels) - 1) != self.factor:
-            raise InputError(
-                f"hint_channels {list(hint_channels)}: halve the mask {len(hint_channels) - 1} times, the "
-                f"VAE its images {self.factor.bit_length() - 1} times; give one level more than those"
-            )
-        if self.vae.config.latent_channels != self.unet.config.in_channels:
-            raise InputError(
-                f"unet_config: reads {self.unet.config.in_channels} channels, the VAE makes "
-                f"{self.vae.config.latent_channels}; set in_channels and out_channels to match"
-            )
-        if self.vae.config.in_channels not in (image_channels, 3) or image_channels not in (1, 3):
-            raise InputError(
-                f"image_channels {image_channels}: the VAE reads {self.vae.config.in_channels}; give 1 or 3"
-            )
+        self._check_fit(hint_channels, image_channels)
         self.controlnet = ControlNetModel.from_unet(
             self.unet, conditioning_embedding_out_channels=tuple(hint_channels)
         )
@@ -201,6 +187,23 @@ class ControlLDM(Backbone):
         if learn == "decoder":
             for part in (self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out):
                 part.requires_grad_(True)
+
+    def _check_fit(self, hint_channels: Sequence[int], image_channels: int) -> None:
+        """Raise unless images, hint, VAE and U-Net fit each other."""
+        if 2 ** (len(hint_channels) - 1) != self.factor:
+            raise InputError(
+                f"hint_channels {list(hint_channels)}: halve the mask {len(hint_channels) - 1} times, the "
+                f"VAE its images {self.factor.bit_length() - 1} times; give one level more than those"
+            )
+        if self.vae.config.latent_channels != self.unet.config.in_channels:
+            raise InputError(
+                f"unet_config: reads {self.unet.config.in_channels} channels, the VAE makes "
+                f"{self.vae.config.latent_channels}; set in_channels and out_channels to match"
+            )
+        if self.vae.config.in_channels not in (image_channels, 3) or image_channels not in (1, 3):
+            raise InputError(
+                f"image_channels {image_channels}: the VAE reads {self.vae.config.in_channels}; give 1 or 3"
+            )
 
     def _take(self, model: Model) -> None:
         """Load the weights of a model; a ControlNet that it lacks starts as the U-Net's encoder.
@@ -302,8 +305,7 @@ class ControlLDM(Backbone):
         both = self._output(
             torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([hint, hint]), torch.cat([prompt, negative])
         )
-        wanted, unwanted = both.chunk(2)
-        return self._as_epsilon(unwanted + self.guidance * (wanted - unwanted), x_t, t)
+        return self._as_epsilon(self._guided(both), x_t, t)
 
     def _control(self, x_t: Tensor, t: Tensor, hint: Tensor, prompt: Tensor) -> list[Tensor]:
         """Return what the ControlNet adds to the U-Net's skips, and last to its middle."""

@@ -111,7 +111,6 @@ class SegDiff(Backbone):
         self._set_loss(prediction, snr_gamma)
         self.unconditional = unconditional
         self.guidance = guidance
-        self.passes = 1 if guidance == 1 else 2
         if start is not None and (fusion, mask_encoding, prediction) != ("concat", "index", "epsilon"):
             raise InputError(
                 "start: the published network has fusion concat, mask_encoding index and prediction epsilon; "
@@ -195,8 +194,7 @@ class SegDiff(Backbone):
         else:
             seen, hidden = condition.chunk(2, dim=1)
         both = self._output(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([seen, hidden]))
-        with_mask, without = both.chunk(2)
-        return self._as_epsilon(without + self.guidance * (with_mask - without), x_t, t)
+        return self._as_epsilon(self._guided(both), x_t, t)
 
     def _output(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return self.unet(torch.cat([x_t, condition], dim=1), t, return_dict=False)[0].float()

@@ -246,24 +246,3 @@ def text_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "eos_token_id": last,
         "pad_token_id": last,
     }
-
-
-def text_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight of CLIP's text encoder."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.token_embedding.weight": (config["vocab_size"], width),
-        "embeddings.position_embedding.weight": (config["max_position_embeddings"], width),
-    }
-    sides = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width)}
-    sides |= {"self_attn.v_proj": (width, width), "self_attn.out_proj": (width, width)}
-    sides |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
-    for layer in range(config["num_hidden_layers"]):
-        for name, (rows, columns) in sides.items():
-            shapes[f"encoder.layers.{layer}.{name}.weight"] = (rows, columns)
-            shapes[f"encoder.layers.{layer}.{name}.bias"] = (rows,)
-        for norm in ("layer_norm1", "layer_norm2"):
-            for kind in ("weight", "bias"):
-                shapes[f"encoder.layers.{layer}.{norm}.{kind}"] = (width,)
-    shapes |= {f"final_layer_norm.{kind}": (width,) for kind in ("weight", "bias")}
-    return {f"text_model.{key}": shape for key, shape in shapes.items()}

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.checkpoints import layout
 from errors import InputError
@@ -188,22 +189,14 @@ def _is_vae_attention(name: str) -> bool:
 
 def _check(model: Model, where: str) -> None:
     """Raise unless every network has exactly the weights that its configuration asks for."""
-    kinds = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel, "vae": AutoencoderKL}
     for folder, weights in model.weights.items():
-        if folder == "text_encoder":
-            expected = layout.text_shapes(model.configs[folder])
-        else:
-            with torch.device("meta"):
-                if folder == "hint":
-                    width = model.configs["unet"]["block_out_channels"][0]
-                    merges = sum(key.endswith("reduction.weight") for key in weights)
-                    first = weights.get("0.initial_conv.weight", torch.empty(16))
-                    network = siamese_hint(width, len(first), merges)
-                else:
-                    network = kinds[folder].from_config(model.configs[folder])
-            expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-            if folder == "controlnet" and "hint" in model.weights:
-                expected = {k: v for k, v in expected.items() if "controlnet_cond_embedding" not in k}
+        with torch.device("meta"):
+            network = _network(model, folder)
+        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        if folder == "text_encoder":  # transformers has named them without the prefix since version 5
+            expected = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in expected.items()}
+        if folder == "controlnet" and "hint" in model.weights:
+            expected = {k: v for k, v in expected.items() if "controlnet_cond_embedding" not in k}
         found = {key: tuple(value.shape) for key, value in weights.items() if key != _POSITIONS}
         wrong = [f"{key} is missing" for key in expected.keys() - found.keys()]
         wrong += [f"{key} is unexpected" for key in found.keys() - expected.keys()]
@@ -217,6 +210,20 @@ def _check(model: Model, where: str) -> None:
                 f"{where}: the {folder} is not whole: {len(wrong)} weights differ from what its shape asks "
                 f"for ({'; '.join(sorted(wrong)[:3])})"
             )
+
+
+def _network(model: Model, folder: str) -> nn.Module:
+    """Return a new network of the kind and size that a folder holds."""
+    if folder == "hint":
+        weights = model.weights[folder]
+        merges = sum(key.endswith("reduction.weight") for key in weights)
+        first = weights.get("0.initial_conv.weight", torch.empty(16))
+        return siamese_hint(model.configs["unet"]["block_out_channels"][0], len(first), merges)
+    config = model.configs[folder]
+    if folder == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig(**config))
+    kinds = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel, "vae": AutoencoderKL}
+    return kinds[folder].from_config(config)
 
 
 def read_folder(folder: str | Path) -> Model:
@@ -405,8 +412,3 @@ def schedule_tables(beta_start: float, beta_end: float, train_steps: int = 1000)
         "logvar": np.zeros(train_steps),
     }
     return {name: torch.tensor(table, dtype=torch.float32) for name, table in tables.items()}
-
-
-def merged(weights: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """Return the weights of several networks as those of one that has them as parts."""
-    return {f"{part}.{key}": value for part, own in weights for key, value in own.items()}

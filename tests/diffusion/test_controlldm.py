@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
 
-from conftest import make_controlldm
+from conftest import latent_batch, make_controlldm
 from diffusion.backbones import ControlLDM, TrainingBatch
 from diffusion.checkpoints import read_original, write_folder
 from diffusion.hints import contour
@@ -17,17 +17,7 @@ from original import inputs
 
 @pytest.fixture
 def batch():
-    torch.manual_seed(0)
-    image = torch.rand(4, 3, 16, 16) * 2 - 1
-    backbone = make_controlldm()
-    return {
-        "image": image,
-        "mask": torch.randint(0, 2, (4, 16, 16)),
-        "x_0": backbone.encode(image).detach(),
-        "epsilon": torch.randn(4, 4, 8, 8),
-        "t": torch.tensor([0, 10, 500, 999]),
-        "chance": torch.tensor([0.0, 0.3, 0.6, 0.9]),
-    }
+    return latent_batch(make_controlldm(), t=[0, 10, 500, 999])
 
 
 def stock_output(backbone, x_t, t, hint, prompt):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.siamese_step import deep_copied
-from conftest import make_controlldm
+from conftest import latent_batch, make_controlldm
 from diffusion.backbones import SiameseDiff, TrainingBatch
 from diffusion.checkpoints import layout
 from original import fixture, inputs
@@ -10,17 +10,7 @@ from original import fixture, inputs
 
 @pytest.fixture
 def batch():
-    torch.manual_seed(0)
-    backbone = make_siamese()
-    image = torch.rand(4, 3, 16, 16) * 2 - 1
-    return {
-        "image": image,
-        "mask": torch.randint(0, 2, (4, 16, 16)),
-        "x_0": backbone.encode(image).detach(),
-        "epsilon": torch.randn(4, 4, 8, 8),
-        "t": torch.tensor([0, 200, 201, 999]),
-        "chance": torch.zeros(4),
-    }
+    return latent_batch(make_siamese(), t=[0, 200, 201, 999])
 
 
 def make_siamese(**changes):
