@@ -1,6 +1,7 @@
 """Read the folder of a run: settings, test scores, synthetic sets, training curves."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,9 +23,9 @@ SET_KEYS = (
 
 MORE_SET_KEYS = (
     *("kid", "precision", "recall", "diversity", "vendi", "mask_fidelity", "judge", "rewards", "modes"),
-    *("calls_per_image", "noise"),
+    *("calls_per_image", "noise", "precision_base_modes"),
 )
-"""What it may hold beside."""
+"""What it may hold beside; the last is added by :func:`with_precision_like_base`."""
 
 GAIN_KEYS = (
     *("loss", "gamma", "n"),
@@ -48,6 +49,25 @@ def own_budgets(method: dict[str, Any] | None, budgets: list[float]) -> list[flo
     """
     settings = method or {}
     return settings.get("budgets", [max(budgets)] if "subset" in settings else budgets)
+
+
+def with_precision_like_base(
+    sets: Mapping[tuple[str, int], dict[str, Any]],
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return sets with the precision that they would have with the appearances of their seed's base.
+
+    Σ_m s_m p_m / Σ_m s_m over the modes that the set has, s_m the share of mode m in base's set and p_m the
+    precision of the set's samples of that mode. Rare appearances lie in sparse regions, where precision is
+    lower for real images as well: this tells being less native from being more varied.
+    """
+
+    def added(one: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
+        within = {m: p for m, p in ((one.get("modes") or {}).get("precision") or {}).items() if p is not None}
+        shares = {mode: (base.get("modes") or {}).get("histogram", {}).get(mode, 0) for mode in within}
+        total = sum(shares.values())
+        return {"precision_base_modes": sum(shares[m] * within[m] for m in within) / total} if total else {}
+
+    return {(m, s): one | added(one, sets.get(("base", s), {})) for (m, s), one in sets.items()}
 
 
 @dataclass(frozen=True)
@@ -139,11 +159,13 @@ class Run:
             folder,
             experiment,
             [(arm, read_mapping(folder, f"{arm.folder}/test.json", json.loads, TEST_KEYS)) for arm in arms],
-            {
-                (m, s): read_mapping(folder, f"{place}/synthetic.json", json.loads, (*SET_KEYS, "values"))
-                | {"method": m}
-                for (m, s), place in made.items()
-            },
+            with_precision_like_base(
+                {
+                    (m, s): read_mapping(folder, f"{place}/synthetic.json", json.loads, (*SET_KEYS, "values"))
+                    | {"method": m}
+                    for (m, s), place in made.items()
+                }
+            ),
             {
                 key: read_mapping(folder, f"{place}/gain.json", json.loads, GAIN_KEYS)
                 for key, place in made.items()

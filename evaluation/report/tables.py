@@ -32,6 +32,7 @@ SET_COLUMNS = {
     "fid_extractor": "features",
     "kid": "KID",
     "precision": "precision",
+    "precision_base_modes": "precision at base's modes",
     "recall": "recall",
     "vendi": "Vendi",
     "mask_fidelity": "mask fidelity (%)",

@@ -142,6 +142,29 @@ def test_shares_of_modes_are_means_over_seeds(run, monkeypatch):
     assert "right on 90.0 % of real images" in write(read).read_text(encoding="utf-8")
 
 
+def test_precision_is_compared_at_the_modes_of_base(run, monkeypatch):
+    """Striped samples are less precise in either set; the miner only has more of them."""
+    assert "precision at base's modes" not in synthetic_table(Run.read(run)).columns
+    for seed in SEEDS:
+        precision = {"plain": 0.9, "striped": 0.5, "pale": None}
+        base = {"histogram": {"plain": 3, "striped": 1, "pale": 0}, "precision": precision}
+        mined = {"histogram": {"plain": 1, "striped": 3, "pale": 0}, "precision": precision}
+        describe(run, "base", seed, precision=0.8, modes=base)
+        describe(run, "miner", seed, precision=0.6, modes=mined)
+        describe(run, "best_of_2", seed, precision=0.5, modes=mined | {"precision": {"striped": 0.5}})
+    found = column(run, "precision at base's modes")
+    expected = {"base": "0.800 ± 0.000", "miner": "0.800 ± 0.000", "best_of_2": "0.500 ± 0.000"}
+    assert found == expected | {"best_of_4": "–"}
+    skip_drawing(monkeypatch)
+    sets = json.loads((write(Run.read(run)).parent / "report.json").read_text())["synthetic_sets"]
+    assert {one["method"]: one.get("precision_base_modes") for one in sets if one["seed"] == SEEDS[0]} == {
+        "base": pytest.approx(0.8),
+        "miner": pytest.approx(0.8),
+        "best_of_2": pytest.approx(0.5),
+        "best_of_4": None,
+    }
+
+
 def features(run, method, synthetic, real):
     path = run / f"seed0/{method}/features.npz"
     np.savez(path, real=np.asarray(real, np.float32), synthetic=np.asarray(synthetic, np.float32))
