@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from datamodules.sources import Source
 from errors import InputError
-from evaluation.distribution import BATCH
+from evaluation.batches import batches
 from evaluation.metrics import SegmentationScore
 from evaluation.synthetic import read_source
 from files import write_atomically
@@ -39,7 +38,7 @@ def dsc_by_mode(segmenter: Segmenter, source: Source) -> dict[str, dict[str, flo
     for split in source.test_splits:
         score = SegmentationScore(source.class_names)
         modes: list[int] = []
-        for batch in DataLoader(source.dataset(split), batch_size=BATCH):
+        for batch in batches(source.dataset(split), split):
             if "mode" not in batch:
                 raise InputError(f"{source.name}: its images know no appearance mode; phantoms do")
             first = len(modes)

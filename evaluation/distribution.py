@@ -8,14 +8,12 @@ not defined, as for too few images, is NaN.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 from torchmetrics.image.kid import poly_kernel
 
 from errors import InputError
-
-BATCH = 64
-"""Images at a time, wherever a network looks at a whole set."""
+from evaluation.batches import batches
 
 
 @torch.no_grad()
@@ -30,8 +28,7 @@ def features_of(dataset: Dataset, extractor: nn.Module) -> Tensor:
         InputError: the set is empty.
     """
     device = next((p.device for p in extractor.parameters()), torch.device("cpu"))
-    batches = DataLoader(dataset, batch_size=BATCH)
-    features = [extractor(batch["image"].to(device)).double().cpu() for batch in batches]
+    features = [extractor(batch["image"].to(device)).double().cpu() for batch in batches(dataset, "features")]
     if not features:
         raise InputError("features: the image set is empty; give one with at least one image")
     return torch.cat(features)

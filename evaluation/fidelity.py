@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
-from evaluation.distribution import BATCH
+from evaluation.batches import batches
 from evaluation.metrics import class_scores
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS
@@ -88,5 +87,5 @@ def _judged(synthetic: SyntheticSet, segmenter: Segmenter, role: str) -> Iterato
     """Yield float32 logits (B, K, H, W) and the masks (B, H, W) of a set, batch by batch."""
     check_fit(synthetic, segmenter, role)
     segmenter.freeze()
-    for batch in DataLoader(synthetic, batch_size=BATCH):
+    for batch in batches(synthetic, role):
         yield segmenter(batch["image"].to(segmenter.device)).float(), batch["mask"].to(segmenter.device)

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from datamodules.sources.synthetic import SyntheticSet
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from errors import InputError
-from evaluation.distribution import BATCH
+from evaluation.batches import BATCH, batches
 from files import write_atomically
 from methods.method import PROBE
 from networks.pretrained import load_pretrained
@@ -93,7 +92,7 @@ def foresight(
     reward = made["reward"]
     finished: list[Tensor] = []
     rows: dict[tuple[str, float | None, int], list[Tensor]] = {}
-    for first, batch in enumerate(DataLoader(plain, batch_size=BATCH)):
+    for first, batch in enumerate(batches(plain, "foresight")):
         mask = batch["mask"].to(anchor.device)
         entries = plain.entries[first * BATCH : first * BATCH + len(mask)]
         shape = sampler.backbone.noise_shape((mask.shape[-2], mask.shape[-1]))

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
-from evaluation.distribution import BATCH
+from evaluation.batches import batches
 from evaluation.fidelity import check_fit
 from evaluation.synthetic import read_source
 from files import write_atomically
@@ -74,7 +74,7 @@ def mean_gradient(network: Segmenter, dataset: Dataset, loss: Loss) -> Tensor:
     """
     total: Tensor | None = None
     count = 0
-    for batch in DataLoader(dataset, batch_size=BATCH):
+    for batch in batches(dataset, "gradient on real images"):
         image, mask = batch["image"].to(network.device), batch["mask"].to(network.device)
         gradient = parameter_gradient(network, image, mask, loss) * len(image)
         total = gradient if total is None else total.add_(gradient)
@@ -115,7 +115,7 @@ def measure_gain(
     g_real = mean_gradient(anchor, real, function)
     g_sum = torch.zeros_like(g_real)
     samples: dict[str, list[dict[str, float]]] = {part: [] for part in parts}
-    for sample in DataLoader(synthetic, batch_size=1):
+    for sample in batches(synthetic, "gradient of each sample", size=1):
         image, mask = sample["image"].to(anchor.device), sample["mask"].to(anchor.device)
         g_syn = parameter_gradient(anchor, image, mask, function)
         g_sum += g_syn

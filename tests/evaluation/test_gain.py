@@ -1,5 +1,6 @@
 import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from conftest import make_segmenter
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
+from evaluation.batches import batches
 from evaluation.gain import LOSSES, decompose, main, mean_gradient, measure_gain
 from networks.pretrained import save_pretrained
 from objectives.segmentation import dice_ce
@@ -124,7 +126,7 @@ def test_training_on_the_real_images_themselves_is_the_best_direction(made, anch
 def test_mean_gradient_does_not_depend_on_the_batches(made, anchor, source, monkeypatch):
     real = source.dataset("test")
     together = mean_gradient(anchor, real, LOSSES["dice_ce"])
-    monkeypatch.setattr("evaluation.gain.BATCH", 2)  # two, two and one
+    monkeypatch.setattr("evaluation.gain.batches", partial(batches, size=2))  # two, two and one
     apart = mean_gradient(anchor, real, LOSSES["dice_ce"])
     assert float((apart - together).norm()) < 1e-5 * float(together.norm())
 
