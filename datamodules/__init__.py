@@ -1,7 +1,7 @@
 """What is read: labelled images, masks to synthesise from, and the sources of both."""
 
-from datamodules.conditions import ConditionDataModule
+from datamodules.conditions import ConditionDataModule, GlanceDataModule
 from datamodules.scored import ScoredDataModule
 from datamodules.seg import SegDataModule
 
-__all__ = ["ConditionDataModule", "ScoredDataModule", "SegDataModule"]
+__all__ = ["ConditionDataModule", "GlanceDataModule", "ScoredDataModule", "SegDataModule"]

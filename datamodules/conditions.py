@@ -145,3 +145,26 @@ class ConditionDataModule(L.LightningDataModule):
         samples = self._dataset(count, stream=0)
         batch = default_collate([samples[i] for i in range(count)])
         return {key: batch[key] for key in ("mask", "image", "index")}
+
+
+class GlanceDataModule(ConditionDataModule):
+    """Masks to glance at noises for: those of mining to learn from, and others held out.
+
+    Args:
+        n_val: masks held out.
+        options: those of :class:`ConditionDataModule`.
+
+    Raises:
+        InputError: the source cannot be used, or fewer than 8 masks are held out.
+    """
+
+    def __init__(self, *args: Any, n_val: int = 256, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if n_val < 8:
+            raise InputError(f"n_val {n_val}: a correlation needs at least 8 masks held out")
+        self.n_val = n_val
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the masks held out."""
+        dataset = self._dataset(self.n_val, stream=2)
+        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)

@@ -8,13 +8,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
+from datamodules.conditions import GlanceDataModule
 from datamodules.scored import ScoredDataModule
 from datamodules.sources.source import Source
 from datamodules.streams import item_generator
 from diffusion.noise import NoiseStream
 from errors import InputError
 from lightning_modules.checks import check_checkpoint, check_image_set
-from lightning_modules.synthesis import SynthesisLitModule
+from lightning_modules.synthesis import CALIBRATION_SEED, SynthesisLitModule
 from methods.method import PROBE
 from methods.seed_scorer import SeedScorer
 from networks.pretrained import load_pretrained
@@ -23,16 +24,18 @@ from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS, Transform, reducible
 
 _FLIPS = 200  # stream of randomness, apart from those of the data
+_TEACHING_SEED = 2**34  # keeps the noise of training glances apart from all other noise at any seed below
 
 
 class ScorerLitModule(SynthesisLitModule):
-    """Regresses the loss of plain samples on what one call of the backbone says about their noise.
+    """Regresses the loss of samples on their noise, or on what one call of the backbone says about it.
 
-    The target is φ(ℓ_anchor) − λ·φ(ℓ_reference), of the finished images as they lie on disk.
-    ``predict`` fills a set with the trained scorer.
+    The target is φ(ℓ_anchor) − λ·φ(ℓ_reference), of finished images as they lie on disk
+    (``ScoredDataModule``), or of glances at noises drawn anew for every step (``GlanceDataModule``): a few
+    calls each, as many as one likes. ``predict`` fills a set with the trained scorer.
 
     Args:
-        backbone: folder of the diffusion backbone q_φ that made the plain samples.
+        backbone: folder of the diffusion backbone q_φ that made the plain samples, or that glances.
         anchor: folder of the segmenter f_ϑ whose loss is predicted.
         scorer: the network; by default one for the backbone's noise.
         weights: folder of a trained scorer to start from.
@@ -40,6 +43,8 @@ class ScorerLitModule(SynthesisLitModule):
         transform: φ; ``log`` evens out the long tail of a loss, ``none`` takes it as it is.
         reference: folder of a stronger segmenter; what it finds hard as well is not learnable.
         reducible: λ, how much of the reference's loss is taken off.
+        glance: calls of the backbone in a glance (:meth:`Sampler.glance`) that the target is read from; 0
+            where finished images are at hand.
         flip: mirror response and mask at random while training.
         n: proposals a mask when predicting.
         steps: DDIM steps of the full schedule.
@@ -62,6 +67,7 @@ class ScorerLitModule(SynthesisLitModule):
         transform: Transform = "log",
         reference: str | None = None,
         reducible: float = 1.0,
+        glance: int = 0,
         flip: bool = True,
         n: int = 8,
         steps: int = 50,
@@ -81,6 +87,8 @@ class ScorerLitModule(SynthesisLitModule):
                 f"model.scorer: reads {network.channels} channels and {network.num_classes} classes, "
                 f"{backbone} has {channels} and {self.backbone.num_classes}; set them to match"
             )
+        if glance < 0:
+            raise InputError(f"model.glance {glance}: choose at least 1 call of the backbone, or 0")
         self.method = SeedScorer(network, n)
         self.reference = (
             load_pretrained(reference, Segmenter).freeze()  # type: ignore[type-abstract]
@@ -89,6 +97,7 @@ class ScorerLitModule(SynthesisLitModule):
         )
         self.transform: Transform = transform
         self.reducible = reducible
+        self.glance = glance
         self.flip = flip
         self.optimizer = optimizer
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -110,6 +119,18 @@ class ScorerLitModule(SynthesisLitModule):
         super().check_data(source)
         if self.reference is not None:
             check_image_set(source, self.reference, "model.reference")
+
+    def setup(self, stage: str) -> None:
+        """Check the frozen networks against the data, and that the data have what the target is read from."""
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        wanted = GlanceDataModule if self.glance else ScoredDataModule
+        if stage == "fit" and not isinstance(data, wanted):
+            raise InputError(
+                f"model.glance {self.glance}: the target is read from "
+                f"{'glances' if self.glance else 'finished images'}, which {type(data).__name__} does not "
+                f"give; take data {wanted.__name__}"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this scorer."""
@@ -141,25 +162,44 @@ class ScorerLitModule(SynthesisLitModule):
         for i, r, t in zip(batch["sample"].tolist(), response.half().cpu(), target.cpu(), strict=True):
             self.known[i] = (r, t)
 
+    @torch.no_grad()
+    def _glanced(self, batch: dict[str, Any], seed_stream: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return response, target and image of a glance at the noise of each mask."""
+        request = self.request(batch, seed_stream)
+        x_T = request.noise.draw(PROBE)
+        latent = self.sampler.glance(x_T, request.condition, self.glance)
+        image = self.backbone.decode(latent).clamp(-1, 1)
+        response = self.sampler.response(x_T, request.condition, self.scorer.inputs)
+        return response, self.target(image, request.mask), image
+
     def on_fit_start(self) -> None:
-        """Read the whole plain set once, and standardise the target over its training part."""
-        data: ScoredDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        for batch in data.everything(self.device):
-            self._know(batch)
+        """Standardise the target over training samples; a plain set is read whole, once."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not self.glance:
+            for batch in data.everything(self.device):
+                self._know(batch)
         if self.trainer.global_step == 0:
-            targets = torch.stack([self.known[i][1] for i in data.training_samples])
+            if self.glance:
+                batches = data.calibration(data.n_val, self.device)
+                targets = torch.cat([self._glanced(batch, _TEACHING_SEED)[1] for batch in batches])
+            else:
+                targets = torch.stack([self.known[i][1] for i in data.training_samples])
             self.scorer.offset.copy_(targets.mean())
             self.scorer.scale.copy_(targets.std().clamp(min=1e-6))
 
-    def _read(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        known = [self.known[i] for i in batch["sample"].tolist()]
-        response = torch.stack([r for r, _ in known]).float().to(self.device)
-        target = torch.stack([t for _, t in known]).to(self.device)
+    def _read(self, batch: dict[str, Any], seed_stream: int) -> tuple[Tensor, Tensor]:
+        """Return responses, and their standardised targets."""
+        if self.glance:
+            response, target, _ = self._glanced(batch, seed_stream)
+        else:
+            known = [self.known[i] for i in batch["sample"].tolist()]
+            response = torch.stack([r for r, _ in known]).float().to(self.device)
+            target = torch.stack([t for _, t in known]).to(self.device)
         return response, (target - self.scorer.offset) / self.scorer.scale
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the Huber loss of every member, averaged."""
-        response, target = self._read(batch)
+        response, target = self._read(batch, _TEACHING_SEED)
         mask = batch["mask"]
         if self.flip:
             rng = item_generator(self.seed, int(batch["index"][0]), _FLIPS)
@@ -172,7 +212,7 @@ class ScorerLitModule(SynthesisLitModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Keep predictions and targets of samples that training does not see."""
-        response, target = self._read(batch)
+        response, target = self._read(batch, CALIBRATION_SEED)
         self.validated.append((self.scorer(response, batch["mask"]).mean(0), target))
 
     def on_validation_epoch_end(self) -> None:
@@ -193,9 +233,14 @@ class ScorerLitModule(SynthesisLitModule):
 
     @torch.no_grad()
     def preview(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return columns of a picture grid: the first response, and the finished sample."""
-        known = torch.stack([self.known[i][0] for i in batch["sample"].tolist()]).float()
-        return {"response": known[:, : batch["image"].shape[1]], "sample": batch["image"]}
+        """Return columns of a picture grid: the first response, and the finished sample or the glance."""
+        if self.glance:
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            response, _, image = self._glanced(batch, 0)
+        else:
+            response = torch.stack([self.known[i][0] for i in batch["sample"].tolist()]).float()
+            image = batch["image"]
+        return {"response": response[:, : image.shape[1]], "glance" if self.glance else "sample": image}
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser of the scorer's parameters."""

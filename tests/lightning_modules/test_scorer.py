@@ -5,11 +5,12 @@ import torch
 
 from callbacks import ExportWeights, SynthesisCallback
 from conftest import make_segmenter, make_trainer
-from datamodules import ConditionDataModule, ScoredDataModule
+from datamodules import ConditionDataModule, GlanceDataModule, ScoredDataModule
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
 from lightning_modules import ScorerLitModule, SynthesisLitModule
 from methods import Base
+from methods.method import PROBE
 from networks import Scorer
 from networks.pretrained import load_pretrained, save_pretrained
 from objectives.rewards import ce
@@ -61,6 +62,49 @@ def test_learns_what_the_noise_decides(weights, source, plain, tmp_path):
     with torch.no_grad():
         predicted = scorer.predict(response.float(), mask)
     assert (predicted - target).abs().mean() < 0.5 * target.std()  # in units of the target, offset and all
+
+
+def test_learns_from_glances_what_the_noise_decides(weights, source, tmp_path):
+    """One glance a noise, none seen twice; what it chooses has what it learnt to foretell."""
+    scorer = Scorer(width=8, members=2)
+    module = Planted(weights.backbone, weights.segmenter, scorer, steps=2, glance=1, flip=False, n=8)
+    data = GlanceDataModule(source, budget=4, batch_size=32, steps_per_epoch=50, n_val=64)
+    callbacks = [ExportWeights(monitor="scorer/val_pearson"), SynthesisCallback()]
+    trainer = make_trainer(tmp_path, max_steps=100, callbacks=callbacks)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["scorer/val_pearson"] > 0.4
+    assert module.known == {}
+    trainer.predict(module, data, return_predictions=False)
+    samples = SyntheticSet(tmp_path / "synthetic")
+    chosen = [samples[i] for i in range(len(samples))]
+    target = torch.cat([module.target(s["image"][None], s["mask"][None]) for s in chosen])
+    assert ((target - scorer.offset) / scorer.scale).mean() > 0.3  # of plain draws it is 0
+
+
+def test_a_glance_is_that_of_the_noise_that_is_read(weights, source):
+    settings = {"scorer": Scorer(inputs="noise", width=8, members=1), "glance": 2, "flip": False}
+    module = scoring(weights, **settings)
+    data = GlanceDataModule(source, n_val=8)
+    data.setup("fit")
+    batch = data.preview(3)
+    x_T, target, image = module._glanced(batch, 5)
+    request = module.request(batch, 5)
+    assert torch.equal(x_T, request.noise.draw(PROBE))
+    expected = module.backbone.decode(module.sampler.glance(x_T, request.condition, 2)).clamp(-1, 1)
+    assert torch.equal(image, expected)
+    assert torch.allclose(target, (ce(module.anchor(expected), batch["mask"]) + 1e-3).log(), rtol=1e-5)
+
+
+def test_targets_and_data_must_agree(weights, source, plain, tmp_path):
+    glanced, finished = GlanceDataModule(source), ScoredDataModule(source, str(plain))
+    with pytest.raises(InputError, match="ScoredDataModule does not give; take data GlanceD"):
+        make_trainer(tmp_path, max_steps=1).fit(scoring(weights, glance=2), finished)
+    with pytest.raises(InputError, match="finished images, which GlanceDataModule does not give"):
+        make_trainer(tmp_path, max_steps=1).fit(scoring(weights), glanced)
+    with pytest.raises(InputError, match=r"model\.glance -1"):
+        scoring(weights, glance=-1)
+    with pytest.raises(InputError, match="n_val 7"):
+        GlanceDataModule(source, n_val=7)
 
 
 def test_responses_are_those_of_the_samples_own_noise(weights, source, plain, tmp_path):
