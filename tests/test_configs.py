@@ -28,12 +28,13 @@ def verb(stage_file):
 
 def partners(stage_file):
     """Files and arguments that a stage needs beside data."""
-    model = yaml.safe_load(stage_file.read_text())["model"]["class_path"]
+    given = yaml.safe_load(stage_file.read_text())
+    model = given["model"]["class_path"]
     if model == "AutoencoderLitModule":
         return [AUTOENCODERS[0]], []
     if model == "DiffusionLitModule":
         return [BACKBONES[0]], []
-    if model == "ScorerLitModule":
+    if given["data"]["class_path"] == "ScoredDataModule":
         return [], [*FOLDERS, "--data.init_args.plain=weights/p"]
     if model == "SegLitModule":
         return [SEGMENTERS[0]], []
