@@ -173,7 +173,7 @@ class ScorerLitModule(SynthesisLitModule):
         return response, self.target(image, request.mask), image
 
     def on_fit_start(self) -> None:
-        """Standardise the target over training samples; a plain set is read whole, once."""
+        """Standardise the target: over the training part of a plain set, read once, or over fresh glances."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not self.glance:
             for batch in data.everything(self.device):
