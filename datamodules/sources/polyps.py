@@ -49,8 +49,8 @@ SETS: dict[str, Published] = {
     "etis": Published(196, ("ETIS-LaribPolypDB", "ETIS-Larib", "ETIS")),
 }
 
-# Last frame of each of the 29 video sequences of CVC-ClinicDB, which has the frames 1 to 612: the table of
-# polyp.grand-challenge.org/CVCClinicDB, and the same in Dataset Ninja's CVC-612 (datasetninja.com/cvc-612).
+# Last frame of each of the 29 video sequences of CVC-ClinicDB, which has the frames 1 to 612: so Dataset
+# Ninja's CVC-612 (datasetninja.com/cvc-612), and others after polyp.grand-challenge.org/CVCClinicDB.
 # fmt: off
 SEQUENCE_ENDS = (
     25, 50, 67, 78, 103, 126, 151, 177, 199, 205, 227, 252, 277, 297, 317,
@@ -143,32 +143,26 @@ class PolypsSource(Source):
                 "split: pranet has frames of one sequence in training and test, by_sequence forbids it: "
                 "choose split: paper"
             )
-        wanted = ["test", *shelf.present()] if tests is None else list(tests)
         if tests is None:
-            wanted = [key for key in wanted if key not in train_on]
+            wanted = ["test", *(key for key in shelf.present() if key not in train_on)]
+        else:
+            wanted = list(tests)
         others = [key for key in wanted if key not in ("test", *train_on)]
         folders = {key: shelf.read(key) for key in [*train_on, *others]}
         looks = _look_at([pair for kept in folders.values() for pair in kept.all.values()])
         _check_leaks(train_on, folders, looks)
+        _warn_of_counts(folders, shelf.root)
 
         parts: dict[str, dict[str, list[Pair]]] = {
             key: _split(key, folders[key], split, by_sequence, seed, looks) for key in train_on
         }
-        pooled = [pair for key in train_on for pair in parts[key]["train"]]
-        pooled = [pooled[i] for i in default_rng(seed).permutation(len(pooled))]
-        if n_train is not None:
-            if not 1 <= n_train <= len(pooled):
-                raise InputError(f"n_train is {n_train}; train has {len(pooled)}: choose 1 to that many")
-            pooled = pooled[:n_train]
-        self._pairs = {"train": pooled, "val": [pair for key in train_on for pair in parts[key]["val"]]}
+        self._pairs = {"train": _training(parts, n_train, seed), "val": _joined(parts, train_on, "val")}
         for key in wanted:
             if key in others:
-                kept = folders[key]
-                self._pairs[key] = list((kept.test if split == "pranet" else kept.all).values())
+                whole = folders[key].test if split == "pranet" else folders[key].all
+                self._pairs[key] = sorted(whole.values(), key=lambda pair: pair.stem)
             else:
-                held_out = train_on if key == "test" else [key]
-                self._pairs[key] = [pair for each in held_out for pair in parts[each]["test"]]
-        _warn_of_counts(folders, shelf.root)
+                self._pairs[key] = _joined(parts, train_on if key == "test" else [key], "test")
         self.splits = tuple(self._pairs)
         self._datasets: dict[str, FolderDataset] = {}
 
@@ -299,6 +293,19 @@ def _warn_of_counts(folders: Mapping[str, _Kept], root: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- splits
+
+
+def _joined(parts: Mapping[str, Mapping[str, list[Pair]]], keys: Iterable[str], name: str) -> list[Pair]:
+    """One split of several sets, one set after the other."""
+    return [pair for key in keys for pair in parts[key][name]]
+
+
+def _training(parts: Mapping[str, Mapping[str, list[Pair]]], n_train: int | None, seed: int) -> list[Pair]:
+    """``train`` of all sets in random order, or its beginning."""
+    pooled = _joined(parts, parts, "train")
+    if n_train is not None and not 1 <= n_train <= len(pooled):
+        raise InputError(f"n_train is {n_train}; train has {len(pooled)}: choose 1 to that many")
+    return [pooled[i] for i in default_rng(seed).permutation(len(pooled))][:n_train]
 
 
 def _split(
