@@ -2,6 +2,7 @@
 
 from datamodules.sources.folder import Folder, FolderSource
 from datamodules.sources.phantom import PhantomSource
+from datamodules.sources.polyps import PolypsSource
 from datamodules.sources.source import Sample, Source
 
-__all__ = ["Folder", "FolderSource", "PhantomSource", "Sample", "Source"]
+__all__ = ["Folder", "FolderSource", "PhantomSource", "PolypsSource", "Sample", "Source"]

@@ -40,20 +40,37 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
+    """An image and its mask.
+
+    Attributes:
+        stem: what the two names share; the id of the sample.
+        image: file of the image.
+        mask: file of the mask.
+    """
+
     stem: str
     image: Path
     mask: Path
 
 
 @dataclass(frozen=True)
-class _Format:
-    """How files become arrays."""
+class Format:
+    """How files become arrays.
+
+    Attributes:
+        size: height and width (H, W) of the samples in pixels.
+        channels: 1 for grey or 3 for RGB.
+        threshold: grey values of a mask above it are class 1; None where values are classes.
+        values: pixel value of each class, where there is no threshold.
+        needs_object: refuse a mask in which nothing is above the threshold.
+    """
 
     size: tuple[int, int]
     channels: int
     threshold: int | None
     values: tuple[int, ...]
+    needs_object: bool = False
 
 
 class FolderSource(Source):
@@ -114,14 +131,14 @@ class FolderSource(Source):
         n_train: int | None = None,
         seed: int = 0,
     ) -> None:
-        root = str(_expand(root))
+        root = str(expand(root))
         self.name = Path(root).resolve().name if name is None else name
         self.class_names = tuple(class_names)
         self.channels = channels
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        self._format = _format(self.size, channels, self.class_names, threshold, class_values)
+        self._format = make_format(self.size, channels, self.class_names, threshold, class_values)
 
-        pairs = _pair(Folder(root, images, masks))
+        pairs = pair_files(Folder(root, images, masks))
         groups = _groups(pairs, group)
         if lists is not None:
             if fractions is not None:
@@ -141,20 +158,28 @@ class FolderSource(Source):
         for key, folder in (tests or {}).items():
             if key in self._pairs:
                 raise InputError(f"tests: {key!r} is the name of another split; choose another name")
-            self._pairs[key] = list(_pair(folder).values())
+            self._pairs[key] = list(pair_files(folder).values())
         self.splits = tuple(self._pairs)
-        self._datasets: dict[str, _FolderDataset] = {}
+        self._datasets: dict[str, FolderDataset] = {}
 
     def _dataset(self, split: str) -> Dataset[Sample]:
         if split not in self._datasets:
-            self._datasets[split] = _FolderDataset(self._pairs[split], self._format)
+            self._datasets[split] = FolderDataset(self._pairs[split], self._format)
         return self._datasets[split]
 
 
-class _FolderDataset(Dataset[Sample]):
-    """The decoded files of one split."""
+class FolderDataset(Dataset[Sample]):
+    """The decoded files of one split, held with 8 bits a value.
 
-    def __init__(self, pairs: Sequence[_Pair], form: _Format) -> None:
+    Args:
+        pairs: the files, in the order of the samples.
+        form: how they become arrays.
+
+    Raises:
+        InputError: a file cannot be decoded, or does not fit its partner or the format.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], form: Format) -> None:
         self._stems = [pair.stem for pair in pairs]
         with ThreadPoolExecutor() as pool:
             decoded = list(pool.map(lambda pair: _read(pair, form), pairs))
@@ -175,13 +200,18 @@ class _FolderDataset(Dataset[Sample]):
         }
 
 
-def _format(
+def make_format(
     size: tuple[int, int],
     channels: int,
     class_names: tuple[str, ...],
     threshold: int | None,
     class_values: Sequence[int] | None,
-) -> _Format:
+) -> Format:
+    """Check how files are to be read; ``class_values`` None means 0, 1, 2, …, as for the source.
+
+    Raises:
+        InputError: an argument is out of its range, or two contradict each other.
+    """
     if min(size) < 1:
         raise InputError(f"size is {size}; height and width must be at least 1")
     if channels not in (1, 3):
@@ -201,23 +231,31 @@ def _format(
             f"class_values is {list(values)}; it must have one value, different from all others, for "
             f"each of the {len(class_names)} class_names"
         )
-    return _Format(size, channels, threshold, values)
+    return Format(size, channels, threshold, values)
 
 
 # ----------------------------------------------------------------------------- pairs and splits
 
 
-def _expand(root: str) -> Path:
-    """Fill in ``~`` and environment variables, such as ``${DATA_ROOT}/Kvasir-SEG``."""
+def expand(root: str) -> Path:
+    """Fill in ``~`` and environment variables, such as ``${DATA_ROOT}/Kvasir-SEG``.
+
+    Raises:
+        InputError: a variable is not set.
+    """
     path = os.path.expandvars(os.path.expanduser(root))
     if "$" in path:
         raise InputError(f"{root}: an environment variable in it is not set; set it, or write the path out")
     return Path(path)
 
 
-def _pair(folder: Folder) -> dict[str, _Pair]:
-    """Pair the files of a folder by stem, sorted by stem."""
-    root = _expand(folder.root)
+def pair_files(folder: Folder) -> dict[str, Pair]:
+    """Pair the files of a folder by stem, sorted by stem.
+
+    Raises:
+        InputError: a folder is absent or empty, two files share a stem, or a file has no partner.
+    """
+    root = expand(folder.root)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: check root")
     images = _by_stem(root / folder.images, "images")
@@ -230,7 +268,7 @@ def _pair(folder: Folder) -> dict[str, _Pair]:
         raise InputError(
             f"{masks[stem]} has no image: add {root / folder.images / stem}.* or remove the mask"
         )
-    return {stem: _Pair(stem, images[stem], masks[stem]) for stem in sorted(images)}
+    return {stem: Pair(stem, images[stem], masks[stem]) for stem in sorted(images)}
 
 
 def _by_stem(folder: Path, argument: str) -> dict[str, Path]:
@@ -248,7 +286,7 @@ def _by_stem(folder: Path, argument: str) -> dict[str, Path]:
     return files
 
 
-def _groups(pairs: Mapping[str, _Pair], pattern: str | None) -> dict[str, str]:
+def _groups(pairs: Mapping[str, Pair], pattern: str | None) -> dict[str, str]:
     """Group of each stem; without a pattern every image is its own."""
     if pattern is None:
         return {stem: stem for stem in pairs}
@@ -316,7 +354,7 @@ def _split_by_fractions(
 
 
 def _split_by_lists(
-    pairs: Mapping[str, _Pair], groups: Mapping[str, str], lists: Mapping[str, Path]
+    pairs: Mapping[str, Pair], groups: Mapping[str, str], lists: Mapping[str, Path]
 ) -> dict[str, list[str]]:
     _check_names(lists, "lists")
     split = {name: _read_list(path, pairs) for name, path in lists.items()}
@@ -336,7 +374,7 @@ def _split_by_lists(
     return split
 
 
-def _read_list(path: Path, pairs: Mapping[str, _Pair]) -> list[str]:
+def _read_list(path: Path, pairs: Mapping[str, Pair]) -> list[str]:
     """Stems of a list file; the suffix of an image file is allowed behind a stem."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -367,7 +405,7 @@ def _open(path: Path) -> Image.Image:
         raise InputError(f"{path} cannot be decoded ({error}): replace the file") from error
 
 
-def _read(pair: _Pair, form: _Format) -> tuple[Bytes, Bytes, int]:
+def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, int]:
     """Image uint8 ``(C, H, W)``, class map uint8 ``(H, W)``, and the largest value of the mask."""
     image, mask = _open(pair.image), _open(pair.mask)
     if image.size != mask.size:
@@ -380,11 +418,16 @@ def _read(pair: _Pair, form: _Format) -> tuple[Bytes, Bytes, int]:
         classes = _classes(pair.mask, levels, form.values)
     else:
         classes = (levels > form.threshold).astype(np.uint8)
+        if form.needs_object and not classes.any():
+            raise InputError(
+                f"{pair.mask} is empty: no pixel is above threshold {form.threshold}, the largest value "
+                f"is {levels.max()}: correct the mask, remove the pair, or set allow_empty"
+            )
     resized = Image.fromarray(classes).resize(form.size[::-1], Image.Resampling.NEAREST)
     return _image(pair.image, image, form), np.asarray(resized), int(levels.max())
 
 
-def _image(path: Path, image: Image.Image, form: _Format) -> Bytes:
+def _image(path: Path, image: Image.Image, form: Format) -> Bytes:
     """Convert to 8 bits and the wanted channels, and resize: ``(C, H, W)``."""
     if image.mode in _GREY_16_BIT:
         image = Image.fromarray(_grey_16_bit(path, image).astype(np.float32) / 257)
@@ -436,7 +479,7 @@ def _classes(path: Path, levels: NDArray[np.int64], values: tuple[int, ...]) -> 
     return order[position].astype(np.uint8)
 
 
-def _check_threshold(pairs: Sequence[_Pair], peaks: Sequence[int], threshold: int) -> None:
+def _check_threshold(pairs: Sequence[Pair], peaks: Sequence[int], threshold: int) -> None:
     """Refuse a split without any foreground: the masks are probably 0 and 1."""
     brightest = int(np.argmax(peaks))
     if peaks[brightest] <= threshold:
