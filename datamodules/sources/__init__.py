@@ -1,7 +1,23 @@
-"""Image sets: generated phantoms, and folders of images and masks."""
+"""Image sets: generated phantoms, folders of images and masks, and the slices of data sets of volumes."""
 
+from datamodules.sources.acdc import ACDCSource, ACDCTest
 from datamodules.sources.folder import Folder, FolderSource
+from datamodules.sources.mmwhs import MMWHSSource, MMWHSTest
 from datamodules.sources.phantom import PhantomSource
-from datamodules.sources.source import Sample, Source
+from datamodules.sources.source import Sample, Source, Volume
+from datamodules.sources.synapse import SynapseSource, SynapseTest
 
-__all__ = ["Folder", "FolderSource", "PhantomSource", "Sample", "Source"]
+__all__ = [
+    "ACDCSource",
+    "ACDCTest",
+    "Folder",
+    "FolderSource",
+    "MMWHSSource",
+    "MMWHSTest",
+    "PhantomSource",
+    "Sample",
+    "Source",
+    "SynapseSource",
+    "SynapseTest",
+    "Volume",
+]
