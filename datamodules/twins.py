@@ -182,7 +182,8 @@ def _prepared(image: NDArray, percentile: float) -> NDArray[np.float32]:
 def _acdc_ssl4mis(root: Path, cases: int, size: int, seed: int) -> None:
     """Volumes, slices counted from 1, and lists of 7 : 1 : 2."""
     lists: dict[str, list[str]] = {"train_slices": [], "val": [], "test": []}
-    ends = (_first(cases, 0.7), _first(cases, 0.8))
+    tests = max(1, round(0.2 * cases))
+    ends = (cases - tests - max(1, round(0.1 * cases)), cases - tests)
     for k, (name, image, label) in enumerate(_acdc_arrays(cases, size, seed)):
         _write_h5(root / "data" / f"{name}.h5", image=image, label=label)
         slices = [f"{name}_slice_{n + 1}" for n in range(len(image))]

@@ -121,21 +121,32 @@ def _by_info(cases: Sequence[Case], asked: Mapping[str, Sequence[str]], where: s
         known = sorted({case.info[key] for case in cases})
         for value in values:
             if value not in known:
-                raise InputError(f"{where}: no patient has {key} {value!r}; there are {', '.join(known)}")
+                raise InputError(
+                    f"{where}: no patient left for it has {key} {value!r}; they have {', '.join(known)}"
+                )
         kept = [case for case in kept if case.info[key] in values]
     return kept
 
 
 def _find_nifti(root: Path) -> list[Case]:
-    cases = []
-    for folder in (root, root / "database"):
+    folders = []
+    for start in (root, root / "database"):
         for side, name in (("train", "training"), ("test", "testing"), (None, "")):
-            for patient in sorted((folder / name).glob("patient*/")):
-                cases += _patient(patient, side)
+            folders += [(folder, side) for folder in sorted((start / name).glob("patient*/"))]
+    frames = [_frames(folder) for folder, _ in folders]
+    cases = []
+    for (folder, side), files in zip(folders, frames, strict=True):
+        info = _info(folder / "Info.cfg")
+        cases += [replace(case, info=info) for case in pair_cases(files, _patient, side)]
     return cases
 
 
-def _patient(folder: Path, side: str | None) -> list[Case]:
+def _patient(case: str) -> str:
+    return case.split("_")[0]
+
+
+def _frames(folder: Path) -> list[tuple[str, str, Path]]:
+    """Return case, kind and path of every frame of a patient; the 4-D file is left out."""
     files = []
     for path in sorted(folder.iterdir()):
         match = _FRAME.fullmatch(path.name)
@@ -148,8 +159,7 @@ def _patient(folder: Path, side: str | None) -> list[Case]:
         files.append((f"{match[1]}_frame{match[2]}", "label" if match[3] else "image", path))
     if not files:
         raise InputError(f"{folder} has no patientXXX_frameYY.nii.gz: add the frames, or remove the folder")
-    info = _info(folder / "Info.cfg")
-    return [replace(case, info=info) for case in pair_cases(files, lambda _: folder.name, side)]
+    return files
 
 
 def _info(path: Path) -> dict[str, str]:
@@ -170,4 +180,4 @@ def _info(path: Path) -> dict[str, str]:
 def _find_h5(root: Path, folders: tuple[str, str]) -> list[Case]:
     volumes = match_files(root / folders[0], r"(patient\d+_frame\d+)\.h5", (".h5",))
     slices = match_files(root / folders[1], r"(patient\d+_frame\d+)_slice_(\d+)\.h5", (".h5",))
-    return array_cases(volumes, slices, lambda case: case.split("_")[0])
+    return array_cases(volumes, slices, _patient)

@@ -11,6 +11,7 @@ import h5py
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 from nibabel.orientations import io_orientation
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
@@ -228,17 +229,27 @@ def _load_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
                 f"{path} holds values of type {dtype}, neither grey values nor labels: convert it"
             )
         voxels = np.asanyarray(file.dataobj)
-        zooms, affine = file.header.get_zooms()[:3], np.asarray(file.affine, np.float64)
+        zooms, affine = _zooms(path, file), np.asarray(file.affine, np.float64)
     except _UNREADABLE as error:
         raise InputError(f"{path} cannot be read as NIfTI ({_reason(error)}): replace the file") from error
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3:
         raise InputError(f"{path} has {voxels.ndim} axes, shape {_shape(voxels.shape)}; a volume has three")
-    check_spacing([float(each) for each in zooms], str(path))
+    check_spacing(zooms, str(path))
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise InputError(f"{path}: the affine of the header cannot be inverted: repair the header")
     return voxels, affine
+
+
+def _zooms(path: Path, file: Any) -> list[float]:
+    """Size of a voxel as the file has it: nibabel's own header has 1 mm in place of 0."""
+    header = file.header
+    if isinstance(file, nibabel.Nifti1Image):
+        with ImageOpener(str(path)) as opened:
+            header = type(file).header_class.from_fileobj(opened, check=False)
+        return [abs(float(each)) for each in header["pixdim"][1:4]]
+    return [float(each) for each in header.get_zooms()[:3]]
 
 
 def _check_affines(
