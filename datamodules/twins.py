@@ -141,7 +141,7 @@ def _write_h5(path: Path, **arrays: NDArray) -> None:
 
 def _write_npz(path: Path, *unnamed: NDArray, **arrays: NDArray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, *unnamed, **arrays)
+    np.savez_compressed(path, *unnamed, **arrays)  # type: ignore[arg-type]
 
 
 def _pathology(patient: int) -> str:

@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 import cli
@@ -22,6 +23,7 @@ from datamodules.sources import (
     ACDCTest,
     MMWHSSource,
     MMWHSTest,
+    Source,
     SynapseSource,
     SynapseTest,
     Volume,
@@ -618,6 +620,37 @@ def test_label_maps_by_hand(build, tmp_path, cache):
     names[99] = "liver"
     with refused("_seg.nii.gz has the label 45", "label_map"):
         SynapseSource(str(tmp_path), label_map=names, **options).dataset("train")
+
+
+def test_sources_from_yaml(twins, cache):
+    """Pairs, label maps, spacings and conditions as a configuration file writes them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Source, "source")
+    pairs = {"a": {"image": "img/img0005.nii.gz", "label": "label/label0005.nii.gz"}}
+    root = str(twins("synapse", "btcv"))
+    names = {0: "background", 9: "vein"} | {
+        value: synapse.CLASS_NAMES[k] for value, k in synapse.BTCV.classes if k
+    }
+    tests = {
+        "named": {"root": root, "pairs": pairs, "label_map": "btcv"},
+        "mapped": {"root": root, "pairs": pairs, "label_map": names},
+        "prepared": {"root": str(twins("synapse", "transunet")), "cases": ["case0001"], "spacing": [3, 1, 1]},
+    }
+    options = {"root": str(twins("synapse", "transunet")), "size": [16, 14], "cache": cache, "tests": tests}
+    given = {"class_path": "SynapseSource", "init_args": options | {"spacing": [3, 0.75, 0.8]}}
+    source = parser.instantiate_classes(parser.parse_object({"source": given})).source
+    parts = source._items
+    named, mapped = parts["named"][0].form, parts["mapped"][0].form
+    assert named.labels == synapse.BTCV
+    values = np.array([0, 1, 2, 3, 4, 6, 7, 8, 9, 11])
+    assert np.array_equal(named.labels.apply(values, Path()), mapped.labels.apply(values, Path()))
+    assert parts["prepared"][0].spacing == (3, 1, 1)
+    assert parts["train"][0].spacing == (3, 0.75, 0.8)
+    group = {"Group": ["HCM"]}
+    options = {"root": str(twins("acdc", "nifti")), "cache": cache, "tests": {"hcm": {"where": group}}}
+    given = {"class_path": "ACDCSource", "init_args": options}
+    source = parser.instantiate_classes(parser.parse_object({"source": given})).source
+    assert [item.part.case.info["Group"] for item in source._items["hcm"]] == ["HCM"] * 4
 
 
 def test_label_values_are_the_true_ones():
