@@ -35,8 +35,8 @@ class PercentileMinMax(Intensity):
         low, high = float(image.min()), float(np.percentile(image, self.upper))
         if high <= low:
             raise InputError(
-                f"{path}: {self.upper:g} % of the voxels are {low:g}: the image is nearly empty, replace "
-                "the file"
+                f"{path}: {self.upper:g} % of the voxels are {low:g}: the image is nearly empty, replace the "
+                "file"
             )
         return _scale(image, low, high)
 
@@ -76,8 +76,7 @@ class Prepared(Intensity):
         if low < -1e-3 or high > 1 + 1e-3:
             raise InputError(
                 f"{path} has values from {low:g} to {high:g}; files of this form are prepared to 0 to 1: "
-                "prepare "
-                "them again, or set rescale to true if they hold the scanner's values"
+                "prepare them again, or set rescale to true if they hold the scanner's values"
             )
         return _scale(image, 0.0, 1.0)
 

@@ -58,7 +58,8 @@ class MMWHSTest(VolumeTest):
     """A further test set of MM-WHS.
 
     Attributes:
-        modality: ``ct`` or ``mr``; with ``root``.
+        modality: ``ct`` or ``mr``; None is that of the set. The other one is looked for in the folder of the
+            set unless ``root`` names another.
     """
 
     modality: Modality | None = None
@@ -70,7 +71,7 @@ class MMWHSSource(VolumeSource):
     Classes are 1 myocardium, 2 left atrium, 3 left ventricle, 4 right atrium, 5 right ventricle, 6 ascending
     aorta, 7 pulmonary artery, or as ``structures`` says. Raw volumes are standardised and clipped to [−2.8,
     3.2] (CT) or [−1.8, 4.4] (MR); prepared ones are standardised already. The other modality is a test set:
-    ``tests: {mr: {root: …, modality: mr}}``. ``published`` tests on the four patients of the work on domain
+    ``tests: {mr: {modality: mr}}``. ``published`` tests on the four patients of the work on domain
     adaptation.
 
     Args:
@@ -148,6 +149,11 @@ class MMWHSSource(VolumeSource):
             ),
         ]
 
+    def _elsewhere(self, test: VolumeTest) -> Path | None:
+        if test.root is None and isinstance(test, MMWHSTest) and test.modality not in (None, self.modality):
+            return self.root
+        return super()._elsewhere(test)
+
     def _labels(self) -> LabelMap:
         values = {0: "background"} | STRUCTURES
         if self.stray:
@@ -160,8 +166,7 @@ class MMWHSSource(VolumeSource):
         if missing:
             raise InputError(
                 f"{self.root}: files prepared for domain adaptation have no {', '.join(missing)}: set "
-                "structures to "
-                f"{', '.join(ADAPTATION[1:])}"
+                f"structures to {', '.join(ADAPTATION[1:])}"
             )
 
     def _published(self, cases: Sequence[Case]) -> Split:

@@ -81,8 +81,7 @@ def check_cases(cases: Sequence[Case]) -> None:
         if other.side != case.side:
             raise InputError(
                 f"{case.images[0]} and {other.images[0]} are of one patient, {case.patient}, in two "
-                "published "
-                "parts: rename or remove one of them"
+                "published parts: rename or remove one of them"
             )
 
 
@@ -95,9 +94,8 @@ def check_numbers(cases: Sequence[Case]) -> None:
         missing = sorted(set(range(start, max(numbers) + 1)) - set(numbers))
         if missing:
             raise InputError(
-                f"{case.images[0].parent}: {case.id} has {len(numbers)} slices up to number "
-                f"{max(numbers)}, but "
-                f"none with the number {missing[0]}: add the missing slice, or remove the case"
+                f"{case.images[0].parent}: {case.id} has {len(numbers)} slices up to number {max(numbers)}, "
+                f"but none with the number {missing[0]}: add the missing slice, or remove the case"
             )
 
 
@@ -140,8 +138,7 @@ def split_by_fractions(
         if start == end:
             raise InputError(
                 f"fractions: no patient of {source} falls to {name} ({len(order)} patients): raise its "
-                "fraction, "
-                "or add patients"
+                "fraction, or add patients"
             )
         split[name] = [Part(case) for patient in order[start:end] for case in members[patient]]
     return split
@@ -223,8 +220,7 @@ def check_patients(split: Mapping[str, Sequence[Part]]) -> None:
             if owner != name and owner in LEARNT:
                 raise InputError(
                     f"leakage: patient {patient} is in {owner} ({first}) and in {name} ({part.case.id}): "
-                    "keep a "
-                    "patient in one split"
+                    "keep a patient in one split"
                 )
 
 
@@ -242,6 +238,5 @@ def check_content(content: Mapping[str, Sequence[tuple[str, Sequence[str]]]]) ->
                 if owner != name and owner in LEARNT:
                     raise InputError(
                         f"leakage: an image of {case} in {name} is the same as one of {first} in {owner}: "
-                        "remove "
-                        "one of the two"
+                        "remove one of the two"
                     )

@@ -86,7 +86,8 @@ class SynapseTest(VolumeTest):
     """A further test set of abdominal CT.
 
     Attributes:
-        pairs: NIfTI files of each case, for files that are named in no form.
+        pairs: NIfTI files of each case, for files that are named in no form; without ``root`` they lie in the
+            folder of the set.
         label_map: of the pairs: ``synapse``, ``btcv``, ``totalsegmentator``, or a structure for each value on
             file; structures that are no class are background.
     """
@@ -147,6 +148,11 @@ class SynapseSource(VolumeSource):
             Form("transunet", layout, _find_transunet, arrays, PREPARED, prepared),
             Form("btcv", btcv, _find_btcv, nifti, BTCV, INTENSITY, self.plane),
         ]
+
+    def _elsewhere(self, test: VolumeTest) -> Path | None:
+        if test.root is None and isinstance(test, SynapseTest) and test.pairs is not None:
+            return self.root
+        return super()._elsewhere(test)
 
     def _published(self, cases: Sequence[Case]) -> Split:
         if self.form.name == "transunet":

@@ -123,8 +123,7 @@ def read_slices(
         if images and image.shape != images[0].shape:
             raise InputError(
                 f"{path} is {_shape(image.shape)} but {paths[0].name} is {_shape(images[0].shape)}: slices "
-                "of "
-                "one volume must have the same size"
+                "of one volume must have the same size"
             )
         images.append(image)
         labels.append(label)
@@ -156,9 +155,8 @@ def check_slices_first(shape: tuple[int, ...], path: Path) -> None:
     depth, height, width = shape
     if min(height, width) * 2 < min(depth, max(height, width)):
         raise InputError(
-            f"{path}: axes are swapped, the volume has {depth} slices of {height} × {width} pixels: save "
-            "it with "
-            "the slices along the axis that the form names"
+            f"{path}: axes are swapped, the volume has {depth} slices of {height} × {width} pixels: save it "
+            "with the slices along the axis that the form names"
         )
 
 
@@ -195,8 +193,7 @@ def check_label(label: NDArray[Any], path: Path) -> NDArray[np.int64]:
         if wrong.size:
             raise InputError(
                 f"{path} has {wrong.size} labels that are no whole numbers, such as {wrong[0]:g}: the mask "
-                "was "
-                "interpolated or is a probability; save classes"
+                "was interpolated or is a probability; save classes"
             )
     classes = np.ascontiguousarray(label).astype(np.int64)
     if classes.min() < 0:
@@ -264,9 +261,9 @@ def _check_affines(
     apart = float(np.abs(positions[0] - positions[1]).max())
     if apart > AFFINE_TOLERANCE * float(np.linalg.norm(affine[:3, :3], axis=0).min()):
         raise InputError(
-            f"{label} lies up to {apart:.3g} mm away from its image {image.name}, as their affines say: "
-            "axes are "
-            "swapped or a header is wrong; correct it, or set check_affines to false if only the header is"
+            f"{label} lies up to {apart:.3g} mm away from its image {image.name}, as their affines say: axes "
+            "are swapped or a header is wrong; correct it, or set check_affines to false if only the header "
+            "is"
         )
 
 

@@ -207,6 +207,10 @@ class VolumeSource(Source):
     def _forms(self, test: VolumeTest | None) -> Sequence[Form]:
         """Return the forms that the set itself (None) or a test set may have on disk."""
 
+    def _elsewhere(self, test: VolumeTest) -> Path | None:
+        """Return the folder of a test set; None where it is made of the patients that are left."""
+        return None if test.root is None else _expand(test.root)
+
     def _usable(self, cases: Sequence[Case]) -> list[Case]:
         """Return the cases that the splits are made of; the others are left to ``tests``."""
         return list(cases)
@@ -223,8 +227,7 @@ class VolumeSource(Source):
         if not sides.get("train") or not sides.get("test"):
             raise InputError(
                 f"{self.root}: no published split can be told from this form ({self.form.name}): set split "
-                "to random, "
-                "or give lists"
+                "to random, or give lists"
             )
         named = dict(sides)
         if not named.get("val"):
@@ -244,9 +247,12 @@ class VolumeSource(Source):
 
     def _test(self, key: str, test: VolumeTest, left: Sequence[Case], spacing: Spacing | None) -> list[_Item]:
         form, cases, where = self.form, list(left), f"tests: {key}"
-        if test.root is not None:
-            form, cases = self._locate(_expand(test.root), self._forms(test), test.form)
+        root = self._elsewhere(test)
+        if root is not None:
+            form, cases = self._locate(root, self._forms(test), test.form)
             spacing = None
+        elif test.form is not None:
+            raise InputError(f"{where}: form is given without root; give both")
         if test.spacing is not None:
             spacing = check_spacing(test.spacing, where)
         chosen = self._select(test, cases, where)
@@ -271,9 +277,8 @@ class VolumeSource(Source):
             )
         if len(fitting) > 1:
             raise InputError(
-                f"{root} holds several forms of {self.title}, "
-                f"{' and '.join(form.name for form in fitting)}: set "
-                "form to one of them"
+                f"{root} holds several forms of {self.title}, {' and '.join(form.name for form in fitting)}: "
+                "set form to one of them"
             )
         cases = sorted(found[fitting[0].name], key=lambda case: case.id)
         check_cases(cases)
@@ -383,8 +388,7 @@ def _make(item: _Item, size: tuple[int, int]) -> Slices:
     if case.numbers is not None and len(case.numbers) != len(raw.image):
         raise InputError(
             f"{case.images[0]} has {len(raw.image)} slices, but there are {len(case.numbers)} files of "
-            "single slices "
-            f"for {case.id}: a slice is missing"
+            f"single slices for {case.id}: a slice is missing"
         )
     image = form.intensity.apply(raw.image, case.images[0])
     classes = form.labels.apply(raw.label, (case.labels or case.images)[0])
@@ -400,8 +404,7 @@ def _positions(part: Part, slices: Slices, drop_empty: bool) -> list[int]:
             if number not in numbers:
                 raise InputError(
                     f"{part.case.images[0]}: a list names slice {number} of {part.case.id}, which has the "
-                    "slices "
-                    f"{min(numbers)} to {max(numbers)}: correct the list"
+                    f"slices {min(numbers)} to {max(numbers)}: correct the list"
                 )
         positions = sorted(numbers.index(number) for number in part.numbers)
     return [k for k in positions if slices.mask[k].any()] if drop_empty else positions

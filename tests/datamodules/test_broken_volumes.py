@@ -448,6 +448,7 @@ PAIRS = {"a": Pair("img/img0005.nii.gz", "label/label0005.nii.gz")}
         ("acdc", "wsl4mis", {"spacing": (0, 1, 1)}, r"spacing is \(0, 1, 1\) mm"),
         ("acdc", "nifti", {"tests": {"val": ACDCTest()}}, "'val' is the name of another split"),
         ("acdc", "nifti", {"tests": {"x": ACDCTest(root="/nowhere")}}, "/nowhere is not a folder"),
+        ("acdc", "nifti", {"tests": {"x": ACDCTest(form="nifti")}}, "form is given without root"),
         ("acdc", "nifti", {"where": {"Group": ["XYZ"]}}, "has Group 'XYZ'"),
         ("mmwhs", "nifti", {"modality": "pet"}, "modality is 'pet'"),
         ("mmwhs", "nifti", {"structures": ["liver"]}, "'liver' is none of myocardium"),

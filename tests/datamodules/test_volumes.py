@@ -430,7 +430,7 @@ def test_acdc_by_pathology(build):
 
 @pytest.mark.parametrize(("here", "there"), [("ct", "mr"), ("mr", "ct")])
 def test_mmwhs_from_one_modality_to_the_other(build, twins, here, there):
-    other = MMWHSTest(root=str(twins("mmwhs", "nifti")), modality=there)
+    other = MMWHSTest(modality=there)
     source = build("mmwhs", "nifti", modality=here, tests={there: other})
     assert source.splits == ("train", "val", "test", there)
     assert patients(source, there) == {f"{there}_{1001 + k}" for k in range(CASES)}
@@ -455,7 +455,6 @@ def test_a_row_for_each_test_set_from_the_command_line(twins, cache, tmp_path):
     common = [
         *(f"--config={configs / file}.yaml" for file in files),
         f"{source}.root={root}",
-        f"{source}.tests={json.dumps({'mr': {'root': str(root), 'modality': 'mr'}})}",
         f"{source}.size=32",
         f"{source}.cache={cache}",
         f"{network}.in_channels=1",
@@ -646,11 +645,11 @@ def test_sources_from_yaml(twins, cache):
     assert np.array_equal(named.labels.apply(values, Path()), mapped.labels.apply(values, Path()))
     assert parts["prepared"][0].spacing == (3, 1, 1)
     assert parts["train"][0].spacing == (3, 0.75, 0.8)
-    group = {"Group": ["HCM"]}
-    options = {"root": str(twins("acdc", "nifti")), "cache": cache, "tests": {"hcm": {"where": group}}}
+    group = {"Group": ["MINF"]}
+    options = {"root": str(twins("acdc", "nifti")), "cache": cache, "tests": {"minf": {"where": group}}}
     given = {"class_path": "ACDCSource", "init_args": options}
     source = parser.instantiate_classes(parser.parse_object({"source": given})).source
-    assert [item.part.case.info["Group"] for item in source._items["hcm"]] == ["HCM"] * 4
+    assert [item.part.case.info["Group"] for item in source._items["minf"]] == ["MINF"] * 2
 
 
 def test_label_values_are_the_true_ones():
