@@ -17,7 +17,7 @@ from datamodules.sources.polyps import SEQUENCE_ENDS
 from errors import InputError
 
 SIZE = 64
-MARGIN = 16  # pixels around a frame that the camera of a sequence may move by
+MARGIN = 0.25  # share of a frame's size that the camera of a sequence may move by
 FEWEST = 10  # below, a tenth of a set is nothing
 _SCANNERS: dict[str, Scanner] = {
     "kvasir": "a",
@@ -35,19 +35,20 @@ class _Case(NamedTuple):
     mask: Image.Image  # grey, anti-aliased
 
 
-def write_raw(folder: str | Path, cases: int, seed: int = 0) -> None:
+def write_raw(folder: str | Path, cases: int, size: int = SIZE, seed: int = 0) -> None:
     """Write ``Kvasir-SEG``, ``CVC-ClinicDB``, ``CVC-300``, ``CVC-ColonDB`` and ``ETIS-LaribPolypDB``.
 
     Args:
         folder: where to, made if it is absent.
         cases: images of each of the first two; the other three have a quarter of it each.
+        size: height and width of an image in pixels.
         seed: seed of the phantoms; the files depend on the arguments alone.
 
     Raises:
         InputError: fewer than 10 cases, or more than CVC-ClinicDB has frames.
     """
     root = Path(folder)
-    sets = _sets(cases, seed)
+    sets = _sets(cases, size, seed)
     for case in sets["kvasir"]:
         _save(case, root / "Kvasir-SEG" / "images", root / "Kvasir-SEG" / "masks", ".jpg")
     for case in sets["clinicdb"]:
@@ -58,7 +59,7 @@ def write_raw(folder: str | Path, cases: int, seed: int = 0) -> None:
             _save(case, root / name / "images", root / name / "masks", ".tif" if key == "etis" else ".png")
 
 
-def write_pranet(folder: str | Path, cases: int, seed: int = 0) -> None:
+def write_pranet(folder: str | Path, cases: int, size: int = SIZE, seed: int = 0) -> None:
     """Write ``TrainDataset`` and ``TestDataset`` with the five test sets.
 
     Nine tenths of Kvasir-SEG and of CVC-ClinicDB are in ``TrainDataset``, as in PraNet's 1,450.
@@ -66,6 +67,7 @@ def write_pranet(folder: str | Path, cases: int, seed: int = 0) -> None:
     Args:
         folder: where to, made if it is absent.
         cases: images of each of these two, over both folders; the other three have a quarter of it each.
+        size: height and width of an image in pixels.
         seed: seed of the phantoms; the files depend on the arguments alone.
 
     Raises:
@@ -79,43 +81,44 @@ def write_pranet(folder: str | Path, cases: int, seed: int = 0) -> None:
         "colondb": "CVC-ColonDB",
         "etis": "ETIS-LaribPolypDB",
     }
-    for key, each in _sets(cases, seed).items():
+    for key, each in _sets(cases, size, seed).items():
         for index, case in enumerate(each):
             held_out = key not in ("kvasir", "clinicdb") or index % 10 == 9
             home = tests / names[key] if held_out else training
             _save(case, home / "images", home / "masks", ".png")
 
 
-def _sets(cases: int, seed: int) -> dict[str, Iterator[_Case]]:
+def _sets(cases: int, size: int, seed: int) -> dict[str, Iterator[_Case]]:
     if not FEWEST <= cases <= SEQUENCE_ENDS[-1]:
         raise InputError(f"cases is {cases}; polyps have {FEWEST} to {SEQUENCE_ENDS[-1]}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # names are alike for all seeds
     letters = np.array(list(string.ascii_lowercase + string.digits))
     kvasir = ["cju" + "".join(letters[rng.integers(0, 36, 22)]) for _ in range(cases)]
     few = [str(number + 1) for number in range(max(cases // 4, 1))]
     return {
-        "kvasir": _stills("kvasir", sorted(kvasir), seed),
-        "clinicdb": _frames(cases, seed),
-        **{key: _stills(key, few, seed) for key in ("endoscene", "colondb", "etis")},
+        "kvasir": _stills("kvasir", sorted(kvasir), size, seed),
+        "clinicdb": _frames(cases, size, seed),
+        **{key: _stills(key, few, size, seed) for key in ("endoscene", "colondb", "etis")},
     }
 
 
-def _stills(key: str, stems: list[str], seed: int) -> Iterator[_Case]:
+def _stills(key: str, stems: list[str], size: int, seed: int) -> Iterator[_Case]:
     """Images of one polyp each."""
     for index, stem in enumerate(stems):
-        yield _case(stem, _draw(key, index, SIZE, seed))
+        yield _case(stem, _draw(key, index, size, seed))
 
 
-def _frames(cases: int, seed: int) -> Iterator[_Case]:
+def _frames(cases: int, size: int, seed: int) -> Iterator[_Case]:
     """About four frames of each sequence: one polyp, from a camera that moves."""
     starts = (1, *(end + 1 for end in SEQUENCE_ENDS[:-1]))
     lengths = [end - start + 1 for start, end in zip(starts, SEQUENCE_ENDS, strict=True)]
     used = lengths[: -(-cases // 4)]
+    margin = round(MARGIN * size)
     turns = [(turn, sequence) for sequence, length in enumerate(used) for turn in range(length)]
     for turn, sequence in sorted(sorted(turns)[:cases], key=lambda frame: frame[::-1]):
-        image, mask = _draw("clinicdb", sequence, SIZE + MARGIN, seed)
-        left, top = (7 * turn) % MARGIN, (5 * turn) % MARGIN
-        box = (2 * left, 2 * top, 2 * (left + SIZE), 2 * (top + SIZE))
+        image, mask = _draw("clinicdb", sequence, size + margin, seed)
+        left, top = (7 * turn) % margin, (5 * turn) % margin
+        box = (2 * left, 2 * top, 2 * (left + size), 2 * (top + size))
         yield _case(str(starts[sequence] + turn), (image.crop(box), mask.crop(box)))
 
 
@@ -129,7 +132,7 @@ def _draw(key: str, index: int, size: int, seed: int) -> tuple[Image.Image, Imag
 
 def _case(stem: str, drawn: tuple[Image.Image, Image.Image]) -> _Case:
     """Halve image and mask, which makes the edges of the mask soft."""
-    image, mask = (each.resize((SIZE, SIZE), Image.Resampling.BOX) for each in drawn)
+    image, mask = (each.reduce(2) for each in drawn)
     return _Case(stem, image, mask)
 
 

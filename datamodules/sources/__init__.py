@@ -1,8 +1,25 @@
-"""Image sets: generated phantoms, and folders of images and masks."""
+"""Image sets: generated phantoms, folders of images and masks, polyps, and slices of sets of volumes."""
 
+from datamodules.sources.acdc import ACDCSource, ACDCTest
 from datamodules.sources.folder import Folder, FolderSource
+from datamodules.sources.mmwhs import MMWHSSource, MMWHSTest
 from datamodules.sources.phantom import PhantomSource
 from datamodules.sources.polyps import PolypsSource
-from datamodules.sources.source import Sample, Source
+from datamodules.sources.source import Sample, Source, Volume
+from datamodules.sources.synapse import SynapseSource, SynapseTest
 
-__all__ = ["Folder", "FolderSource", "PhantomSource", "PolypsSource", "Sample", "Source"]
+__all__ = [
+    "ACDCSource",
+    "ACDCTest",
+    "Folder",
+    "FolderSource",
+    "MMWHSSource",
+    "MMWHSTest",
+    "PhantomSource",
+    "PolypsSource",
+    "Sample",
+    "Source",
+    "SynapseSource",
+    "SynapseTest",
+    "Volume",
+]

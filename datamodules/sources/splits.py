@@ -1,0 +1,242 @@
+"""Cases and how they fall to splits: by patient, or by lists; and what must not happen."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError
+
+LEARNT = ("train", "val")
+"""Splits that something is learnt or chosen on; nothing in them may be in another split."""
+
+_SUFFIXES = re.compile(r"\.(npy\.h5|h5|hdf5|npz|npy|nii\.gz|nii)$")
+_SLICE = re.compile(r"^(.+?)_?slice_?(\d+)$")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume, or one pile of slices, as it lies on disk.
+
+    Attributes:
+        id: name, unique within a set.
+        patient: whose it is; None where the files do not tell.
+        images: its files: one volume, or a file a slice in order.
+        labels: files of the labels; empty where they are in the image files.
+        numbers: number of each slice in the names of the files; None counts from 0.
+        side: split that it was published in, where there is one.
+        info: what the files tell about the patient.
+        ordered: whether the slices make up a volume.
+    """
+
+    id: str
+    patient: str | None
+    images: tuple[Path, ...]
+    labels: tuple[Path, ...] = ()
+    numbers: tuple[int, ...] | None = None
+    side: str | None = None
+    info: Mapping[str, str] = field(default_factory=dict, hash=False)
+    ordered: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """A case in a split; ``numbers`` are the slices taken, None all of them."""
+
+    case: Case
+    numbers: tuple[int, ...] | None = None
+
+
+Split = dict[str, list[Part]]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Return train, val, and then the test sets as given."""
+    return [*LEARNT, *(name for name in names if name not in LEARNT)]
+
+
+def check_names(names: Iterable[str], argument: str) -> None:
+    """Raise an InputError unless both train and val are there."""
+    given = list(names)
+    missing = [name for name in LEARNT if name not in given]
+    if missing:
+        raise InputError(f"{argument} has no {' and no '.join(missing)}: both train and val must be given")
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Raise an InputError if two cases have one id, or one patient was published on two sides."""
+    by_id: dict[str, Case] = {}
+    by_patient: dict[str, Case] = {}
+    for case in cases:
+        other = by_id.setdefault(case.id, case)
+        if other is not case:
+            raise InputError(
+                f"{case.images[0]} and {other.images[0]} have one id, {case.id}: rename or remove one of them"
+            )
+        if case.patient is None:
+            continue
+        other = by_patient.setdefault(case.patient, case)
+        if other.side != case.side:
+            raise InputError(
+                f"{case.images[0]} and {other.images[0]} are of one patient, {case.patient}, in two "
+                "published parts: rename or remove one of them"
+            )
+
+
+def check_numbers(cases: Sequence[Case]) -> None:
+    """Raise an InputError if a slice is missing between the first and the last of a case."""
+    numbered = [case for case in cases if case.ordered and case.numbers]
+    start = min((min(case.numbers or ()) for case in numbered), default=0)
+    for case in numbered:
+        numbers = case.numbers or ()
+        missing = sorted(set(range(start, max(numbers) + 1)) - set(numbers))
+        if missing:
+            raise InputError(
+                f"{case.images[0].parent}: {case.id} has {len(numbers)} slices up to number {max(numbers)}, "
+                f"but none with the number {missing[0]}: add the missing slice, or remove the case"
+            )
+
+
+def patients_of(cases: Iterable[Case], why: str) -> dict[str, list[Case]]:
+    """Return the cases of each patient; an InputError where the files do not name the patients."""
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        if case.patient is None:
+            raise InputError(f"{case.images[0]}: its name tells no patient, so {why} would mix patients")
+        found.setdefault(case.patient, []).append(case)
+    return found
+
+
+def split_by_fractions(
+    cases: Sequence[Case], fractions: Mapping[str, float], seed: int, source: str
+) -> Split:
+    """Deal whole patients, in random order, to splits; it does not depend on the order of the cases.
+
+    Args:
+        cases: all cases.
+        fractions: share of the patients of each split; a sum below 1 leaves patients out.
+        seed: of the order.
+        source: name of the set, for messages.
+
+    Raises:
+        InputError: the fractions make no sense, leave a split without a patient, or patients are unknown.
+    """
+    check_names(fractions, "fractions")
+    for name, share in fractions.items():
+        if not 0 < share <= 1:
+            raise InputError(f"fractions: {name} is {share}; it must be above 0 and at most 1")
+    if sum(fractions.values()) > 1 + 1e-9:
+        raise InputError(f"fractions sum to {sum(fractions.values()):g}; the sum must be at most 1")
+    members = patients_of(cases, "a split by fractions")
+    order = shuffled(members, seed)
+    names = ordered(fractions)
+    ends = np.rint(np.cumsum([0, *(fractions[name] for name in names)]) * len(order)).astype(int)
+    split: Split = {}
+    for name, start, end in zip(names, ends[:-1], ends[1:], strict=True):
+        if start == end:
+            raise InputError(
+                f"fractions: no patient of {source} falls to {name} ({len(order)} patients): raise its "
+                "fraction, or add patients"
+            )
+        split[name] = [Part(case) for patient in order[start:end] for case in members[patient]]
+    return split
+
+
+def split_off(cases: Sequence[Case], share: float, seed: int, source: str) -> tuple[list[Case], list[Case]]:
+    """Return (the rest, about ``share`` of the patients but at least one), drawn at random."""
+    members = patients_of(cases, "a validation split")
+    if len(members) < 2:
+        raise InputError(f"{source}: {len(members)} patients are too few for both train and val")
+    order = shuffled(members, seed)
+    taken = set(order[: max(1, round(share * len(order)))])
+    rest = [case for patient in order if patient not in taken for case in members[patient]]
+    return rest, [case for patient in order if patient in taken for case in members[patient]]
+
+
+def shuffled(names: Iterable[str], seed: int) -> list[str]:
+    """Return the names in an order that depends on the seed alone."""
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must be at least 0")
+    keys = sorted(names)
+    return [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
+
+
+def split_by_lists(cases: Sequence[Case], lists: Mapping[str, Path]) -> Split:
+    """Read a text file for each split; a line names a patient, a case, or a slice of a case.
+
+    Suffixes of files and folders before the name are allowed. Cases in no list are left out.
+
+    Raises:
+        InputError: a list is missing or empty, a line is unknown or given twice.
+    """
+    check_names(lists, "lists")
+    known: dict[str, list[Case]] = {}
+    for case in cases:
+        for key in {case.id, case.patient} - {None}:
+            known.setdefault(str(key), []).append(case)
+    return {name: _read_list(lists[name], known) for name in ordered(lists)}
+
+
+def _read_list(path: Path, known: Mapping[str, list[Case]]) -> list[Part]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give the list, or split otherwise") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a text file: {error}") from error
+    taken: dict[str, tuple[Case, list[int] | None]] = {}
+    for line in filter(None, lines):
+        name = _SUFFIXES.sub("", line.replace("\\", "/").rsplit("/", 1)[-1])
+        found = _SLICE.match(name)
+        if name in known:
+            for case in known[name]:
+                if case.id in taken:
+                    raise InputError(f"{path}: {line!r} is in the list already: keep it once")
+                taken[case.id] = (case, None)
+        elif found and found[1].rstrip("_") in known:
+            case = known[found[1].rstrip("_")][0]
+            numbers = taken.setdefault(case.id, (case, []))[1]
+            if numbers is None or int(found[2]) in numbers:
+                raise InputError(f"{path}: {line!r} is in the list already: keep it once")
+            numbers.append(int(found[2]))
+        else:
+            raise InputError(f"{path}: no case is named {line!r}: remove the line or add the files")
+    if not taken:
+        raise InputError(f"{path} is empty: write one case a line")
+    return [Part(case, None if numbers is None else tuple(numbers)) for case, numbers in taken.values()]
+
+
+def check_patients(split: Mapping[str, Sequence[Part]]) -> None:
+    """Raise an InputError if a patient is in train or val and in another split too."""
+    owners: dict[str, tuple[str, str]] = {}
+    for name in ordered(split):
+        for part in split[name]:
+            patient = part.case.patient
+            if patient is None:
+                continue
+            owner, first = owners.setdefault(patient, (name, part.case.id))
+            if owner != name and owner in LEARNT:
+                raise InputError(
+                    f"leakage: patient {patient} is in {owner} ({first}) and in {name} ({part.case.id}): "
+                    "keep a patient in one split"
+                )
+
+
+def check_content(content: Mapping[str, Sequence[tuple[str, Sequence[str]]]]) -> None:
+    """Raise an InputError if an image of train or val is in another split too, whatever its name.
+
+    Args:
+        content: for each split the ids of its cases and the fingerprints of their slices.
+    """
+    owners: dict[str, tuple[str, str]] = {}
+    for name in ordered(content):
+        for case, prints in content[name]:
+            for each in prints:
+                owner, first = owners.setdefault(each, (name, case))
+                if owner != name and owner in LEARNT:
+                    raise InputError(
+                        f"leakage: an image of {case} in {name} is the same as one of {first} in {owner}: "
+                        "remove one of the two"
+                    )
