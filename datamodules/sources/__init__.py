@@ -2,6 +2,6 @@
 
 from datamodules.sources.folder import Folder, FolderSource
 from datamodules.sources.phantom import PhantomSource
-from datamodules.sources.source import Sample, Source
+from datamodules.sources.source import Sample, Source, Volume
 
-__all__ = ["Folder", "FolderSource", "PhantomSource", "Sample", "Source"]
+__all__ = ["Folder", "FolderSource", "PhantomSource", "Sample", "Source", "Volume"]
