@@ -113,8 +113,8 @@ class Protocol:
         """Return the protocol in words, to be printed wherever its figures go."""
         definitions = {
             "dsc": "2|P∩G| / (|P| + |G|), in percent",
-            "nsd": f"share of the surface elements of P and G within {self.tolerance or 0:g} (in the unit of the "
-            "distances) of the other surface, in percent",
+            "nsd": f"share of the surface elements of P and G within {self.tolerance or 0:g} of the other "
+            "surface, in percent; the tolerance is in the unit of the distances",
             "asd": _ASD[self.asd],
             "assd": _ASD["pooled"],
             "hd": "largest of the distances P→G and G→P",
