@@ -116,7 +116,8 @@ class SegmentationScore(Metric):
     def protocol(self) -> dict[str, str]:
         """The rules of the protocol in words, with the unit of its distances."""
         key = "asd unit" if "asd" in self.measures else "distance unit"
-        return {**self.rule.rules(), key: self.distance_unit}
+        given = {} if self.spacing is None else {"spacing": f"{self.spacing}, given for all cases"}
+        return {**self.rule.rules(), **given, key: self.distance_unit}
 
     def case_name(self, case: int) -> str | None:
         """Return the name of a scored volume by the id of its case; None for a 2-D case."""

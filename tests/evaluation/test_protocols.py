@@ -268,6 +268,7 @@ def test_spacing_is_taken_from_the_case_or_given():
     assert voxels.distance_unit == "px"
     assert given.compute()["hd95"] == pytest.approx(voxels.compute()["hd95"])
     assert "(1.0, 1.0, 1.0)" in given.distance_unit
+    assert given.protocol["spacing"] == "(1.0, 1.0, 1.0), given for all cases"
 
 
 def test_volumes_that_are_not_whole_are_left_out():
