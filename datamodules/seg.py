@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
 from datamodules.augment import Augmentation, Level
-from datamodules.sources import Source
+from datamodules.sources import Source, Volume
 from datamodules.sources.synthetic import SyntheticSet
 from datamodules.streams import StreamDataset, stream_sampler
 from errors import InputError
@@ -159,6 +159,15 @@ class SegDataModule(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """Return every test set, in the order of ``source.test_splits``."""
         return [self._evaluation_loader(dataset) for dataset in self.tests.values()]
+
+    def volumes(self, split: str) -> list[Volume | None]:
+        """Return where each sample of ``val`` or of a test set lies in a 3-D case, by ``index``."""
+        dataset = self.val if split == "val" else self.tests[split]
+        return [self.source.volume(split, i) for i in range(len(dataset))]
+
+    def sample_name(self, split: str, index: int) -> str:
+        """Return the name of a sample of a test set, as its source gives it."""
+        return self.tests[split].dataset[index]["id"]
 
     def preview(self, count: int) -> dict[str, Tensor]:
         """Return the first ``count`` validation samples as one batch: ``image``, ``mask`` and ``index``."""

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from datamodules.sources import Source
 from datamodules.streams import item_generator
+from errors import InputError
 from evaluation.metrics import SegmentationScore
+from evaluation.protocols import PresetName
 from lightning_modules.checks import check_checkpoint, check_image_set, started
 from networks.pretrained import training_facts
 from networks.segmenter import Segmenter
@@ -87,6 +89,7 @@ class SegLitModule(L.LightningModule):
         optimizer: builds the optimiser from the parameters that learn.
         power: exponent of the polynomial decay of the learning rate over the trainer's steps.
         seed: seed of CutMix and copy-paste.
+        protocol: preset by which the scores count; ``docs/metrics.md`` has them side by side.
 
     Raises:
         InputError: ``weights`` cannot be read, or are of another architecture.
@@ -103,6 +106,7 @@ class SegLitModule(L.LightningModule):
         ),
         power: float = 0.9,
         seed: int = 0,
+        protocol: PresetName = "paper",
     ) -> None:
         super().__init__()
         self.segmenter = started(segmenter, weights, "model.segmenter")
@@ -112,6 +116,7 @@ class SegLitModule(L.LightningModule):
         self.optimizer = optimizer
         self.power = power
         self.seed = seed
+        self.protocol: PresetName = protocol
 
     @property
     def trained(self) -> Segmenter:
@@ -127,8 +132,32 @@ class SegLitModule(L.LightningModule):
         source: Source = self.trainer.datamodule.source  # type: ignore[attr-defined]
         self.check_data(source)
         self.test_names = source.test_splits
-        self.val_score = SegmentationScore(source.class_names)
-        self.test_scores = nn.ModuleList(SegmentationScore(source.class_names) for _ in self.test_names)
+        if stage in ("fit", "validate"):
+            self.val_score = self._new_score("val")
+        if stage == "test":
+            scores = [self._new_score(name) for name in self.test_names]
+            self.test_scores = nn.ModuleList(scores)
+            self._check_units(
+                {score.distance_unit: name for score, name in zip(scores, self.test_names, strict=True)}
+            )
+
+    def _check_units(self, examples: dict[str, str]) -> None:
+        """Raise unless the test sets are scored in one unit, which the figures go with."""
+        if len(examples) > 1:
+            found = ", ".join(f"{unit} in {name}" for unit, name in examples.items())
+            raise InputError(
+                f"model.protocol {self.protocol}: distances would have several units ({found}); test these "
+                "sets one by one, or by a protocol without spacing"
+            )
+
+    def _new_score(self, split: str) -> SegmentationScore:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        try:
+            return SegmentationScore(
+                data.source.class_names, protocol=self.protocol, volumes=data.volumes(split)
+            )
+        except ValueError as error:
+            raise InputError(f"{data.source.name}, {split}: {error}") from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this network."""
@@ -166,9 +195,9 @@ class SegLitModule(L.LightningModule):
         self.log("seg/val_loss", loss, batch_size=len(logits), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Log DSC and ASD, overall and per class."""
+        """Log every measure, overall and per class."""
         for key, value in self.val_score.compute().items():
-            if key != "n_cases":
+            if not key.startswith("n_"):
                 self.log(f"val/{key}", value, prog_bar=key == "dsc", sync_dist=True)
         self.val_score.reset()
 

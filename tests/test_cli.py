@@ -146,6 +146,28 @@ def test_test_scores_are_those_of_the_given_weights(runs):
     assert all(0 <= score["dsc"] <= 100 for score in report["test_sets"].values())
     assert report["segmenter_fingerprint"] == fingerprint(runs.union, Segmenter)
     assert (report["n_real"], report["n_synthetic"], report["steps"]) == (6, 6, 4)
+    assert report["protocol"]["protocol"].startswith("paper")
+    lines = (runs.test / "test_cases.csv").read_text().splitlines()
+    assert lines[0] == "test set,case,class,dsc,asd"
+    assert len(lines) == 1 + 3 * 5  # one class, three test sets
+    assert lines[1].startswith("test,test-00000,polyp,")
+
+
+def test_another_protocol_is_an_argument(runs, tmp_path, capsys):
+    args = [f"--model.init_args.weights={runs.union / 'weights'}", "--model.protocol", "nnunet"]
+    cli.main(command("test", "segmenter", tmp_path, *args, network=SEGMENTER))
+    report = json.loads((tmp_path / "test.json").read_text())
+    before = json.loads((runs.test / "test.json").read_text())
+    assert report["protocol"]["protocol"].startswith("nnunet")
+    for name, scores in report["test_sets"].items():
+        assert scores["dsc"] == pytest.approx(
+            before["test_sets"][name]["dsc"]
+        )  # images are cases of their own
+        assert 0 <= scores["nsd"] <= 100
+        assert scores["hd95"] >= 0
+    printed = capsys.readouterr().out
+    assert "NSD" in printed
+    assert "only reference empty: DSC 0; NSD 0; ASD = diagonal" in printed
 
 
 def test_predicting_again_gives_the_same_files(runs, tmp_path):

@@ -208,8 +208,8 @@ class Run:
 
     @property
     def asd_unit(self) -> str:
-        """Unit of ASD."""
-        return self.protocol["asd unit"]
+        """Unit of ASD; a protocol need not measure it."""
+        return self.protocol.get("asd unit", "not measured")
 
     @property
     def classes(self) -> list[str]:
@@ -231,7 +231,7 @@ class Run:
                 budget=arm.budget,
                 seed=arm.seed,
                 dsc=finite(test["test_sets"][name]["dsc"]),
-                asd=finite(test["test_sets"][name]["asd"]),
+                asd=finite(test["test_sets"][name].get("asd")),
                 n_real=test["n_real"],
                 n_synthetic=test["n_synthetic"],
             )

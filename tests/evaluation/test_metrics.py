@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 from torch.multiprocessing import spawn
+from torch.utils.data import DistributedSampler
 
+from datamodules.sources import Volume
 from evaluation.metrics import PROTOCOL, SegmentationScore
 
 NAMES = ("background", "disc", "ring")
@@ -184,7 +186,32 @@ def _score_a_share(rank: int, world: int, address: str) -> None:
         # the whole, gathered from both processes, repeats every id
         assert score.compute() == whole.compute()
         assert [case["id"] for case in score.cases()] == list(range(5))
+    _score_volumes(rank, world)
     torch.distributed.destroy_process_group()
+
+
+def _score_volumes(rank: int, world: int) -> None:
+    """Two volumes and an image, their slices dealt out in turn, so that neither process has a volume."""
+    prediction, target = random_maps(9, 10), random_maps(9, 11)
+    of_x, of_y = (
+        [Volume(name, k, depth, None) for k in range(depth)] for name, depth in (("x", 5), ("y", 3))
+    )
+    volumes = [*of_x[:2], *of_y, *of_x[2:], None]
+    share = list(DistributedSampler(range(9), world, rank, shuffle=False))
+    assert len(share) == 5  # the sampler pads: one sample comes twice
+    for protocol, count in (("nnunet", 3), ("transunet", 3), ("paper", 9)):
+        for mine in (share, list(range(9 - 9 * rank))):  # at last, one process has no case
+            score, whole = (SegmentationScore(NAMES, protocol=protocol, volumes=volumes) for _ in range(2))
+            whole.sync_on_compute = False
+            whole.update(prediction, target, range(9))
+            if mine:
+                score.update(prediction[mine], target[mine], mine)
+            means = score.compute()
+            np.testing.assert_equal(means, whole.compute())
+            assert means["n_cases"] == count
+            assert "n_incomplete" not in means
+            names = {score.case_name(case["id"]) for case in score.cases()}
+            assert names == ({None} if protocol == "paper" else {"x", "y", None})
 
 
 def test_distributed_is_the_whole(tmp_path):

@@ -456,3 +456,18 @@ def test_entry_prints_table_protocol_and_path(run, capsys, monkeypatch):
     assert "| test | miner 1× |" in out
     assert "asd unit: mm" in out
     assert out.splitlines()[-1] == str(run / "report" / "report.html")
+
+
+def test_a_protocol_need_not_measure_asd(run, capsys, monkeypatch):
+    """``transunet`` has DSC and HD95."""
+    for path in run.glob("seed*/**/test.json"):
+        report = json.loads(path.read_text())
+        report["protocol"] = {"unit": "one volume", "distance unit": "px"}
+        for name, means in report["test_sets"].items():
+            kept = {k: v for k, v in means.items() if not k.startswith("asd")}
+            report["test_sets"][name] = kept | {"hd95": 3.0}
+        put(path, report)
+    skip_drawing(monkeypatch)
+    main(["--run", str(run), "--markdown"])
+    assert "ASD (not measured)" in capsys.readouterr().out
+    assert all(row.asd is None for row in Run.read(run).rows)
