@@ -88,6 +88,7 @@ class SwinUnet(Segmenter):
         self.image_channels = in_channels
         self.num_classes = num_classes
         self.size = size
+        self.patch_size = (size, size)
         self.encoder = SwinTransformer(
             img_size=size,
             patch_size=patch_size,
@@ -154,13 +155,16 @@ class SwinUnet(Segmenter):
         for stage, level in zip(self.decoder, reversed(range(len(self.decoder))), strict=True):
             stage.blocks.load_state_dict(self.encoder.layers[level].blocks.state_dict())  # type: ignore[union-attr]
 
-    def _encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def normalise(self, image: Tensor) -> Tensor:
+        """Return images of three channels in [0, 1]."""
+        return (image.expand(-1, 3, -1, -1) + 1) / 2
+
+    def _encode(self, normalised: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the normalised deepest features ``(B, h, w, D)``, and what enters each level's blocks."""
-        if image.shape[-2:] != (self.size, self.size):
-            raise ValueError(
-                f"image of {image.shape[-2]} × {image.shape[-1]} pixels: the network takes {self.size}²"
-            )
-        x = self.encoder.patch_embed((image.expand(-1, 3, -1, -1) + 1) / 2)
+        if normalised.shape[-2:] != (self.size, self.size):
+            height, width = normalised.shape[-2:]
+            raise ValueError(f"image of {height} × {width} pixels: the network takes {self.size}²")
+        x = self.encoder.patch_embed(normalised)
         skips = []
         stages: list[Any] = list(self.encoder.layers)
         for stage in stages:
@@ -169,21 +173,25 @@ class SwinUnet(Segmenter):
             x = stage.blocks(x)
         return self.encoder.norm(x), skips
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return logits ``(B, K, H, W)`` of images in [−1, 1], which the network sees in [0, 1].
+    def segment(self, normalised: Tensor) -> Tensor:
+        """Return logits ``(B, K, H, W)``.
 
         Raises:
             ValueError: an image is of another size.
         """
-        x, skips = self._encode(image)
+        x, skips = self._encode(normalised)
         skips.pop()
         for expand, merge, stage in zip(self.expand, self.merge, self.decoder, strict=True):
             x = stage(merge(torch.cat([expand(x), skips.pop()], dim=-1)))
         return self.head(self.last(self.norm(x)).permute(0, 3, 1, 2))
 
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits of images in [−1, 1]; the network sees them in [0, 1]."""
+        return self.segment(self.normalise(image))
+
     def features(self, image: Tensor) -> Tensor:
         """Return the deepest feature map ``(B, D, h, w)`` of images in [−1, 1]."""
-        return self._encode(image)[0].permute(0, 3, 1, 2)
+        return self._encode(self.normalise(image))[0].permute(0, 3, 1, 2)
 
 
 def _initialise(module: nn.Module) -> None:
