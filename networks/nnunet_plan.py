@@ -1,6 +1,7 @@
 """nnU-Net's 2D plan: patch, stages and batch from the sizes, spacings and number of the training cases.
 
-The rules and constants are those of ``ExperimentPlanner`` in nnunetv2 2.8; Isensee et al., Nature Methods 2021.
+The rules and constants are those of ``ExperimentPlanner`` in nnunetv2 2.8
+(Isensee et al., Nature Methods 2021).
 """
 
 from collections.abc import Sequence
@@ -172,13 +173,14 @@ def plan_2d(fingerprint: Fingerprint, memory: float = REFERENCE_GB) -> Plan:
     """
     target = target_spacing(fingerprint)
     shapes = [
-        [int(round(old / new * voxels)) for old, new, voxels in zip(spacing, target, shape, strict=True)]
+        [round(old / new * voxels) for old, new, voxels in zip(spacing, target, shape, strict=True)]
         for spacing, shape in zip(fingerprint.spacings, fingerprint.shapes, strict=True)
     ]
     median = np.median(shapes, axis=0)
     pixels = float(np.prod(median, dtype=np.float64) * len(shapes))
-    spacing, shape = target[1:], median[1:]
-    wide = 1 / spacing * (FIRST_AREA / np.prod(1 / spacing)) ** 0.5
+    spacing, shape = target[1:].tolist(), median[1:].tolist()
+    scale = (FIRST_AREA / np.prod([1 / size for size in spacing])) ** 0.5
+    wide = [1 / size * scale for size in spacing]
     planned = topology([min(round(edge), top) for edge, top in zip(wide, shape, strict=True)], spacing)
 
     def entries() -> int:
@@ -191,8 +193,8 @@ def plan_2d(fingerprint: Fingerprint, memory: float = REFERENCE_GB) -> Plan:
     batch = round(reference / entries() * REFERENCE_BATCH)
     covered = round(pixels * MAX_COVERED / np.prod(planned.patch_size, dtype=np.float64))
     return Plan(
-        spacing=(float(spacing[0]), float(spacing[1])),
-        median_shape=(float(shape[0]), float(shape[1])),
+        spacing=(spacing[0], spacing[1]),
+        median_shape=(shape[0], shape[1]),
         patch_size=planned.patch_size,
         strides=planned.strides,
         kernel_sizes=planned.kernel_sizes,
@@ -202,7 +204,7 @@ def plan_2d(fingerprint: Fingerprint, memory: float = REFERENCE_GB) -> Plan:
     )
 
 
-def _smaller(planned: Topology, spacing: np.ndarray, shape: np.ndarray) -> Topology:
+def _smaller(planned: Topology, spacing: list[float], shape: list[float]) -> Topology:
     """Return the next smaller patch: the edge that is longest beside the median shape loses a step."""
     patch = list(planned.patch_size)
     axis = int(np.argsort([edge / median for edge, median in zip(patch, shape, strict=True)])[-1])

@@ -1,6 +1,7 @@
 """What every image set looks like to the rest of the application."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 from torch import Tensor
@@ -23,6 +24,23 @@ class Sample(TypedDict):
     mask: Tensor
     id: str
     mode: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Where a sample lies in a 3-D case.
+
+    Attributes:
+        case: name of the case.
+        slice: position of the sample among the slices of the case, from 0.
+        slices: number of slices of the case.
+        spacing: size of a voxel in mm, in the order of the axes (D, H, W); None where it is not known.
+    """
+
+    case: str
+    slice: int
+    slices: int
+    spacing: tuple[float, float, float] | None
 
 
 class Source(ABC):
@@ -71,3 +89,7 @@ class Source(ABC):
     @abstractmethod
     def _dataset(self, split: str) -> Dataset[Sample]:
         """Return a split that is known to exist."""
+
+    def volume(self, split: str, index: int) -> Volume | None:
+        """Return where sample ``index`` of a split lies in a 3-D case; None where samples are no slices."""
+        return None
