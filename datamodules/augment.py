@@ -22,6 +22,8 @@ from monai.utils import convert_to_tensor
 from datamodules.sources import Sample
 
 Level = Literal["none", "flip", "full", "nnunet"]
+SegLevel = Literal[Level, "nnunetv2"]
+"""Those of segmentation: nnU-Net's own transforms on normalised patches, too (nnunet_augment.py)."""
 
 GREY_SPREAD = 0.4
 """Standard deviation of a typical image in [−1, 1]."""

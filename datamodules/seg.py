@@ -6,11 +6,13 @@ import lightning as L
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
-from datamodules.augment import Augmentation, Level
+from datamodules.augment import Augmentation, SegLevel
+from datamodules.nnunet_augment import NNUNetAugmentation
 from datamodules.sources import Source, Volume
 from datamodules.sources.synthetic import SyntheticSet
-from datamodules.streams import StreamDataset, stream_sampler
+from datamodules.streams import StreamDataset, Transform, stream_sampler
 from errors import InputError
+from networks.normalisation import check_channels
 
 
 def _share(total: int, parts: int, place: int) -> int:
@@ -48,7 +50,12 @@ class SegDataModule(L.LightningDataModule):
         max_real: use only the first real training samples; None uses all.
         batch_size: samples a batch, of both streams together, on each device.
         steps_per_epoch: batches an epoch; validation and resume points lie between epochs.
-        augmentation: ``none``, ``flip`` or ``full``; the same for both streams.
+        augmentation: ``none``, ``flip``, ``full`` or ``nnunet``; or ``nnunetv2``, patches that are normalised
+            and transformed as nnU-Net's own; the same for both streams.
+        patch_size: height and width of these patches; None takes the size of the images.
+        normalisation: how these patches are normalised, an entry a channel as the network has it; None is
+            the z-score of each channel.
+        oversample_foreground: share of these patches that are cut out around foreground.
         seed: seed of the order and the augmentation.
         num_workers: loader processes a stream.
 
@@ -65,7 +72,10 @@ class SegDataModule(L.LightningDataModule):
         max_real: int | None = None,
         batch_size: int = 16,
         steps_per_epoch: int = 250,
-        augmentation: Level = "full",
+        augmentation: SegLevel = "full",
+        patch_size: tuple[int, int] | None = None,
+        normalisation: list[dict[str, Any]] | None = None,
+        oversample_foreground: float = 0.33,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -89,7 +99,19 @@ class SegDataModule(L.LightningDataModule):
         self.max_real = max_real
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
-        self.augmentation = Augmentation(augmentation)
+        if augmentation == "nnunetv2":
+            normalisation = normalisation or [{"scheme": "zscore"}] * source.channels
+            check_channels(normalisation, source.channels, "data.normalisation")
+            size = source.size if patch_size is None else (patch_size[0], patch_size[1])
+            self.augmentation: Transform = NNUNetAugmentation(size, normalisation, oversample_foreground)
+        elif patch_size is not None or normalisation is not None:
+            raise InputError(
+                f"augmentation {augmentation}: trains on whole images that the network normalises; leave "
+                "patch_size and normalisation out, or set augmentation to nnunetv2"
+            )
+        else:
+            self.augmentation = Augmentation(augmentation)
+        self.normalisation = normalisation
         self.seed = seed
         self.num_workers = num_workers
         self.n_real = 0
@@ -104,6 +126,7 @@ class SegDataModule(L.LightningDataModule):
             if not self.tests:
                 raise InputError(f"{self.source.name}: has no test set; name one in the source's split")
         if stage == "fit":
+            self._check_reader()
             real = self.source.dataset("train")
             self.n_real = len(real)  # type: ignore[arg-type]
             if self.max_real is not None and self.max_real < self.n_real:
@@ -119,6 +142,18 @@ class SegDataModule(L.LightningDataModule):
                 ]
                 self.n_synthetic = sum(map(len, sets))
                 self.streams["synthetic"] = ConcatDataset(sets)
+
+    def _check_reader(self) -> None:
+        """Raise unless what is trained takes images as they are normalised here."""
+        if self.normalisation is None or self.trainer is None:
+            return
+        segmenter = getattr(self.trainer.lightning_module, "segmenter", None)
+        if getattr(segmenter, "normalisation", None) != self.normalisation:
+            raise InputError(
+                f"augmentation nnunetv2: normalises by {self.normalisation}, the network by "
+                f"{getattr(segmenter, 'normalisation', None)}; give both the same normalisation, as a plan "
+                "does, or choose another augmentation"
+            )
 
     def _read_synthetic(self, folder: str, count: int | None) -> SyntheticSet:
         dataset = SyntheticSet(folder, count)

@@ -1,6 +1,6 @@
 """Train a segmenter on real images, or on real ∪ synthetic; score it on the test sets."""
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -17,7 +17,8 @@ from evaluation.protocols import PresetName
 from lightning_modules.checks import check_checkpoint, check_image_set, started
 from networks.pretrained import training_facts
 from networks.segmenter import Segmenter
-from objectives.segmentation import dice_ce
+from networks.sliding_window import sliding_window
+from objectives.segmentation import DiceCE
 
 _CUTMIX, _COPY_PASTE = 100, 101  # streams of randomness, apart from those of the data module
 
@@ -90,6 +91,10 @@ class SegLitModule(L.LightningModule):
         power: exponent of the polynomial decay of the learning rate over the trainer's steps.
         seed: seed of CutMix and copy-paste.
         protocol: preset by which the scores count; ``docs/metrics.md`` has them side by side.
+        loss: what is minimised; None is nnU-Net's.
+        inference: how validation and test images are segmented: as a ``whole``, or by a ``sliding_window`` of
+            the network's patch, half a patch apart, with Gaussian weights.
+        mirror: average each window over its mirror images.
 
     Raises:
         InputError: ``weights`` cannot be read, or are of another architecture.
@@ -107,8 +112,15 @@ class SegLitModule(L.LightningModule):
         power: float = 0.9,
         seed: int = 0,
         protocol: PresetName = "paper",
+        loss: DiceCE | None = None,
+        inference: Literal["whole", "sliding_window"] = "whole",
+        mirror: bool = True,
     ) -> None:
         super().__init__()
+        self.loss = loss or DiceCE()
+        self.inference = inference
+        self.mirror = mirror
+        self.normalised = False
         self.segmenter = started(segmenter, weights, "model.segmenter")
         self.training_facts = training_facts(weights) if weights else {}
         self.cutmix = cutmix
@@ -131,6 +143,8 @@ class SegLitModule(L.LightningModule):
         """Check the segmenter against the data and prepare the scores."""
         source: Source = self.trainer.datamodule.source  # type: ignore[attr-defined]
         self.check_data(source)
+        # Training images that the data module has normalised already.
+        self.normalised = getattr(self.trainer.datamodule, "normalisation", None) is not None  # type: ignore[attr-defined]
         self.test_names = source.test_splits
         if stage in ("fit", "validate"):
             self.val_score = self._new_score("val")
@@ -171,27 +185,35 @@ class SegLitModule(L.LightningModule):
         image, mask = copy_paste(image, mask, item_generator(self.seed, first, _COPY_PASTE), self.copy_paste)
         rng = item_generator(self.seed, first, _CUTMIX)
         image, mask = paired_cutmix(image, mask, rng, self.cutmix)
-        output = self.segmenter(image)
+        output = self.segmenter.segment(image) if self.normalised else self.segmenter(image)
         levels = [output] if isinstance(output, Tensor) else output
         loss, start = levels[0].new_zeros(()), 0
         for name, stream in batch.items():
             part = slice(start, start + len(stream["image"]))
-            stream_loss = dice_ce([level[part] for level in levels], mask[part])
+            stream_loss = self.loss([level[part] for level in levels], mask[part])
             loss = loss + stream_loss * len(stream["image"]) / len(image)
             self.log(f"seg/train_loss_{name}", stream_loss, batch_size=len(stream["image"]))
             start = part.stop
         self.log("seg/train_loss", loss, prog_bar=True, batch_size=len(image))
         return loss
 
+    def predict_logits(self, image: Tensor) -> Tensor:
+        """Return the logits ``(B, K, H, W)`` of whole images in [−1, 1], by the chosen way of inference."""
+        if self.inference == "whole":
+            return self.segmenter(image)
+        segment: Any = self.segmenter.segment
+        normalised = self.segmenter.normalise(image)
+        return sliding_window(segment, normalised, self.segmenter.patch_size, mirror=self.mirror)
+
     def _score(self, score: SegmentationScore, batch: dict[str, Tensor]) -> Tensor:
-        logits = self.segmenter(batch["image"])
+        logits = self.predict_logits(batch["image"])
         score.update(logits.argmax(1), batch["mask"], batch["index"].tolist())
         return logits
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score a validation batch."""
         logits = self._score(self.val_score, batch)
-        loss = dice_ce(logits, batch["mask"])
+        loss = self.loss(logits, batch["mask"])
         self.log("seg/val_loss", loss, batch_size=len(logits), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:

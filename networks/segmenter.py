@@ -1,9 +1,11 @@
 """What a segmentation network looks like to the rest of the application."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from networks.normalisation import Channel
 from networks.pretrained import Pretrained
 
 
@@ -17,14 +19,26 @@ class Segmenter(Pretrained, ABC):
     Attributes:
         image_channels: image channels C.
         num_classes: classes K, background included.
+        patch_size: height and width in pixels that the network is made for.
+        normalisation: how each channel is normalised, where that is planned; None elsewhere.
     """
 
     image_channels: int
     num_classes: int
+    patch_size: tuple[int, int]
+    normalisation: Sequence[Channel] | None = None
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Return logits of images in [−1, 1]."""
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Return what the layers see of whole images in [−1, 1], of any size; as they are by default."""
+        return image
+
+    def segment(self, normalised: Tensor) -> Tensor | list[Tensor]:
+        """Return logits of normalised images, or of parts of them; ``forward`` does both in a row."""
+        return self(normalised)
 
     @abstractmethod
     def features(self, image: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Cao et al., "Swin-Unet: Unet-like Pure Transformer for Medical Image Segmentation", ECCV Workshops 2022.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ class SwinUnet(Segmenter):
         window_size: tokens a window's edge.
         drop_path: stochastic depth of the last block; it grows from 0.
         pretrained: where the encoder's weights come from, which each level of the decoder starts with too: a
-            file of the Swin authors or of timm, or ``hub``, timm's weights of ImageNet; None starts anew.
+            file of the Swin authors or of timm, or ``hub``, timm's weights of ImageNet; None starts anew. Of
+            levels with more blocks than here the first are taken.
 
     Raises:
         InputError: the size is none that the levels can divide, or ``pretrained`` cannot be used.
@@ -88,6 +90,7 @@ class SwinUnet(Segmenter):
         self.image_channels = in_channels
         self.num_classes = num_classes
         self.size = size
+        self.patch_size = (size, size)
         self.encoder = SwinTransformer(
             img_size=size,
             patch_size=patch_size,
@@ -131,13 +134,9 @@ class SwinUnet(Segmenter):
     def _take(self, pretrained: str) -> None:
         """Load weights of ImageNet into the encoder, and those of each of its levels into the decoder."""
         try:
-            given = (
-                timm.create_model(HUB, pretrained=True).state_dict()
-                if pretrained == "hub"
-                else read_weights(pretrained)
-            )
-            weights = checkpoint_filter_fn(given, self.encoder)
-        except (RuntimeError, OSError, KeyError, AttributeError) as error:
+            given = _fetched() if pretrained == "hub" else read_weights(pretrained)
+            weights = checkpoint_filter_fn(self._of_own_blocks(given), self.encoder)
+        except (RuntimeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"pretrained {pretrained}: cannot be used ({reason}); give a file of Swin-T's weights, or hub"
@@ -154,13 +153,28 @@ class SwinUnet(Segmenter):
         for stage, level in zip(self.decoder, reversed(range(len(self.decoder))), strict=True):
             stage.blocks.load_state_dict(self.encoder.layers[level].blocks.state_dict())  # type: ignore[union-attr]
 
-    def _encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _of_own_blocks(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out blocks that the levels do not have: Swin-T's third has six, the authors take two."""
+        stages: list[Any] = list(self.encoder.layers)
+        depths = [len(stage.blocks) for stage in stages]
+        kept = {}
+        for name, value in weights.items():
+            block = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name)
+            level = int(block[1]) if block else 0
+            if not block or level >= len(depths) or int(block[2]) < depths[level]:
+                kept[name] = value
+        return kept
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Return images of three channels in [0, 1]."""
+        return (image.expand(-1, 3, -1, -1) + 1) / 2
+
+    def _encode(self, normalised: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the normalised deepest features ``(B, h, w, D)``, and what enters each level's blocks."""
-        if image.shape[-2:] != (self.size, self.size):
-            raise ValueError(
-                f"image of {image.shape[-2]} × {image.shape[-1]} pixels: the network takes {self.size}²"
-            )
-        x = self.encoder.patch_embed((image.expand(-1, 3, -1, -1) + 1) / 2)
+        if normalised.shape[-2:] != (self.size, self.size):
+            height, width = normalised.shape[-2:]
+            raise ValueError(f"image of {height} × {width} pixels: the network takes {self.size}²")
+        x = self.encoder.patch_embed(normalised)
         skips = []
         stages: list[Any] = list(self.encoder.layers)
         for stage in stages:
@@ -169,21 +183,36 @@ class SwinUnet(Segmenter):
             x = stage.blocks(x)
         return self.encoder.norm(x), skips
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return logits ``(B, K, H, W)`` of images in [−1, 1], which the network sees in [0, 1].
+    def segment(self, normalised: Tensor) -> Tensor:
+        """Return logits ``(B, K, H, W)``.
 
         Raises:
             ValueError: an image is of another size.
         """
-        x, skips = self._encode(image)
+        x, skips = self._encode(normalised)
         skips.pop()
         for expand, merge, stage in zip(self.expand, self.merge, self.decoder, strict=True):
             x = stage(merge(torch.cat([expand(x), skips.pop()], dim=-1)))
         return self.head(self.last(self.norm(x)).permute(0, 3, 1, 2))
 
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits of images in [−1, 1]; the network sees them in [0, 1]."""
+        return self.segment(self.normalise(image))
+
     def features(self, image: Tensor) -> Tensor:
         """Return the deepest feature map ``(B, D, h, w)`` of images in [−1, 1]."""
-        return self._encode(image)[0].permute(0, 3, 1, 2)
+        return self._encode(self.normalise(image))[0].permute(0, 3, 1, 2)
+
+
+def _fetched() -> dict[str, Tensor]:
+    """Return timm's weights of ImageNet, from its hub or the cache of it."""
+    try:
+        return timm.create_model(HUB, pretrained=True).state_dict()
+    except Exception as error:  # those of whatever library carries the request
+        raise InputError(
+            f"pretrained hub: timm/{HUB} cannot be fetched ({type(error).__name__}); check the network, or "
+            "fetch its model.safetensors elsewhere and give that file"
+        ) from error
 
 
 def _initialise(module: nn.Module) -> None:

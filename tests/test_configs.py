@@ -13,8 +13,8 @@ def shipped(kind):
     return sorted((CONFIGS / kind).glob("*.yaml"))
 
 
-KINDS = ("stages", "data", "segmenters", "autoencoders", "backbones", "miners", "methods")
-STAGES, DATA, SEGMENTERS, AUTOENCODERS, BACKBONES, MINERS, METHODS = (shipped(kind) for kind in KINDS)
+KINDS = ("stages", "data", "segmenters", "autoencoders", "backbones", "miners", "methods", "plans")
+STAGES, DATA, SEGMENTERS, AUTOENCODERS, BACKBONES, MINERS, METHODS, PLANS = (shipped(kind) for kind in KINDS)
 FOLDERS = ["--model.init_args.backbone=weights/b", "--model.init_args.anchor=weights/s"]
 
 
@@ -37,7 +37,7 @@ def partners(stage_file):
     if given["data"]["class_path"] == "ScoredDataModule":
         return [], [*FOLDERS, "--data.init_args.plain=weights/p"]
     if model == "SegLitModule":
-        return [SEGMENTERS[0]], []
+        return [CONFIGS / "segmenters" / "nnunet_rgb32.yaml"], []
     return [], FOLDERS
 
 
@@ -64,7 +64,7 @@ def assert_took(given, parsed, where=""):
 def test_every_kind_is_looked_at():
     """Experiments are read by the workflow, not by the command line."""
     assert {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"experiments"} == set(KINDS)
-    assert all([STAGES, DATA, SEGMENTERS, AUTOENCODERS, BACKBONES, MINERS, METHODS])
+    assert all([STAGES, DATA, SEGMENTERS, AUTOENCODERS, BACKBONES, MINERS, METHODS, PLANS])
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda f: f.stem)
@@ -80,6 +80,12 @@ def test_stages_with_all_data(parse, stage_file, data):
 def test_segmenters(parse, segmenter):
     config = parse("fit", [stage("segmenter"), DATA[0], segmenter])
     assert_took(yaml.safe_load(segmenter.read_text()), config)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda f: f.stem)
+def test_plans(parse, plan):
+    config = parse("fit", [stage("segmenter"), DATA[0], CONFIGS / "segmenters" / "nnunet.yaml", plan])
+    assert_took(yaml.safe_load(plan.read_text()), config)
 
 
 @pytest.mark.parametrize("autoencoder", AUTOENCODERS, ids=lambda f: f.stem)

@@ -42,7 +42,7 @@ def count(network):
 
 
 @pytest.mark.parametrize(
-    ("patch", "stages"), [((256, 256), 7), ((64, 64), 5), ((32, 32), 4), ((224, 224), 6), ((64, 32), 5)]
+    ("patch", "stages"), [((256, 256), 7), ((64, 64), 5), ((32, 32), 4), ((224, 224), 6), ((64, 32), 4)]
 )
 def test_stages_of_a_patch(patch, stages):
     strides = pooling_strides(patch)
@@ -51,7 +51,9 @@ def test_stages_of_a_patch(patch, stages):
 
 
 def test_short_edges_stop_pooling_first():
-    assert pooling_strides((64, 32)) == [(1, 1), (2, 2), (2, 2), (2, 2), (2, 1)]
+    """An edge is halved alone from 12 pixels up, together with the other one from 8."""
+    assert pooling_strides((64, 32)) == [(1, 1), (2, 2), (2, 2), (2, 2)]
+    assert pooling_strides((96, 32)) == [(1, 1), (2, 2), (2, 2), (2, 2), (2, 1)]
 
 
 def test_published_network_at_256():

@@ -1,7 +1,10 @@
+import httpx
 import pytest
 import timm
 import torch
-from timm.models.swin_transformer import SwinTransformer
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock
+from torch import nn
 
 from errors import InputError
 from networks import SwinUnet
@@ -35,6 +38,92 @@ def test_it_answers_as_the_authors_code():
 def test_published_size():
     with torch.device("meta"):
         assert sum(p.numel() for p in SwinUnet(1, 9).parameters()) == 27_168_900
+
+
+class ByHand(nn.Module):
+    """Swin-Unet of single blocks, level by level, with the names that its authors give."""
+
+    def __init__(self, classes, width=96, heads=(3, 6, 12, 24), tokens=56, window=7):
+        super().__init__()
+
+        def pair(level):
+            dim, edge = width * 2**level, tokens // 2**level
+            shifts = (0, window // 2 if edge > window else 0)
+            return nn.Sequential(
+                *(
+                    SwinTransformerBlock(dim, (edge, edge), heads[level], None, window, shift)
+                    for shift in shifts
+                )
+            )
+
+        self.embed = PatchEmbed(tokens * 4, 4, 3, width, norm_layer=nn.LayerNorm, output_fmt="NHWC")
+        self.down = nn.ModuleList(pair(level) for level in range(4))
+        self.merging = nn.ModuleList(PatchMerging(width * 2**level) for level in range(3))
+        self.norm = nn.LayerNorm(8 * width)
+        self.expanding = nn.ModuleList(
+            nn.Linear(2 * d, 4 * d, bias=False) for d in (4 * width, 2 * width, width)
+        )
+        self.expanding_norm = nn.ModuleList(nn.LayerNorm(d) for d in (4 * width, 2 * width, width))
+        self.concat = nn.ModuleList(nn.Linear(2 * d, d) for d in (4 * width, 2 * width, width))
+        self.up = nn.ModuleList(pair(level) for level in (2, 1, 0))
+        self.norm_up = nn.LayerNorm(width)
+        self.last = nn.Linear(width, 16 * width, bias=False)
+        self.last_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, classes, bias=False)
+
+    @staticmethod
+    def spread(x, scale):
+        """Features to pixels: by einops where the network reshapes."""
+        import einops
+
+        return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=scale, q=scale)
+
+    def forward(self, image):
+        x, kept = self.embed((image.repeat(1, 3, 1, 1) + 1) / 2), []
+        for level in range(4):
+            kept.append(x)
+            x = self.down[level](x)
+            x = self.merging[level](x) if level < 3 else self.norm(x)
+        for step in range(3):
+            x = self.expanding_norm[step](self.spread(self.expanding[step](x), 2))
+            x = self.up[step](self.concat[step](torch.cat([x, kept[2 - step]], -1)))
+        x = self.last_norm(self.spread(self.last(self.norm_up(x)), 4))
+        return self.output(x).permute(0, 3, 1, 2)
+
+
+def by_hand(network):
+    """Load the weights of a Swin-Unet of full size into another construction."""
+    own = ByHand(network.num_classes)
+    parts = [
+        (own.embed, network.encoder.patch_embed),
+        *((own.down[k], network.encoder.layers[k].blocks) for k in range(4)),
+        *((own.merging[k], network.encoder.layers[k + 1].downsample) for k in range(3)),
+        (own.norm, network.encoder.norm),
+        *((own.expanding[k], network.expand[k].expand) for k in range(3)),
+        *((own.expanding_norm[k], network.expand[k].norm) for k in range(3)),
+        *((own.concat[k], network.merge[k]) for k in range(3)),
+        *((own.up[k], network.decoder[k].blocks) for k in range(3)),
+        (own.norm_up, network.norm),
+        (own.last, network.last.expand),
+        (own.last_norm, network.last.norm),
+    ]
+    for mine, theirs in parts:
+        mine.load_state_dict(theirs.state_dict())
+    own.output.weight.data = network.head.weight.data[:, :, 0, 0]
+    return own.eval()
+
+
+def test_outputs_are_those_of_another_construction():
+    """At full size, with nine classes."""
+    torch.manual_seed(0)
+    network = SwinUnet(1, 9).eval()
+    other = by_hand(network)
+    assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in network.parameters())
+    image = torch.rand(1, 1, 224, 224) * 2 - 1
+    with torch.no_grad():
+        logits = network(image)
+        assert logits.std() > 0.01
+        assert torch.allclose(logits, other(image), atol=1e-5)
 
 
 def test_grey_images_are_repeated():
@@ -86,6 +175,38 @@ def test_the_hub_is_asked_for_the_authors_weights(monkeypatch):
     monkeypatch.setattr(timm, "create_model", create)
     small(pretrained="hub")
     assert asked == [("swin_tiny_patch4_window7_224.ms_in1k", True)]
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), httpx.ConnectError("no route")])
+def test_a_hub_that_cannot_be_reached(monkeypatch, error):
+    def create(name, pretrained):
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(
+        InputError, match=r"pretrained hub: timm/swin_tiny.*cannot be fetched.*give that file"
+    ):
+        small(pretrained="hub")
+
+
+def test_swin_t_lands_in_encoder_and_decoder_at_full_size(tmp_path):
+    """Level k of Swin-T starts level k of the encoder and the decoder's that mirrors it.
+
+    Its third level has six blocks, of which the authors' network takes the first two.
+    """
+    torch.manual_seed(4)
+    given = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False)
+    torch.save(given.state_dict(), tmp_path / "swin_tiny.pth")
+    given = {name: value for name, value in given.state_dict().items() if value.is_floating_point()}
+    network = SwinUnet(1, 9, pretrained=str(tmp_path / "swin_tiny.pth"))
+    own = network.encoder.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in given.items() if name in own)
+    assert all(name in given for name, value in own.items() if value.is_floating_point())
+    left = {".".join(name.split(".")[:4]) for name in given if name not in own}
+    assert left == {"head.fc.weight", "head.fc.bias", *(f"layers.2.blocks.{k}" for k in (2, 3, 4, 5))}
+    for step, level in enumerate((2, 1, 0)):
+        for name, value in network.decoder[step].blocks.state_dict().items():
+            assert torch.equal(value, own[f"layers.{level}.blocks.{name}"]), name
 
 
 def test_sizes_that_do_not_fit():

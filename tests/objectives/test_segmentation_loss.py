@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from objectives.segmentation import deep_supervision_weights, dice_ce
+from errors import InputError
+from objectives.segmentation import DiceCE, deep_supervision_weights, dice_ce
 
 SMOOTH = 1e-5  # MONAI's, in numerator and denominator
 
@@ -65,3 +66,43 @@ def test_absent_classes_and_half_precision():
     coarse = dice_ce(logits.bfloat16(), empty)
     assert coarse.item() == pytest.approx(plain(logits, empty).item(), rel=1e-2)
     assert torch.isfinite(coarse)
+
+
+def test_deep_supervision_is_nnunets_loss(mask):
+    """Theirs has no 1 − before Dice."""
+    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    theirs = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    levels = [logits_of(16, 1).requires_grad_(), logits_of(8, 2), logits_of(4, 3), logits_of(2, 4)]
+    targets = [mask[:, None]]
+    for level in levels[1:]:
+        resized = F.interpolate(mask[:, None].float(), size=level.shape[2:], mode="nearest-exact")
+        targets.append(resized.long())
+    expected = DeepSupervisionWrapper(theirs, deep_supervision_weights(4))(levels, targets)
+    ours = dice_ce(levels, mask)
+    assert ours.item() == pytest.approx(1 + expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, levels[0])[0] for loss in (ours, expected)]
+    assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_swin_unets_loss_is_the_formula(mask):
+    """0.4 cross-entropy + 0.6 Dice over every class, squares below."""
+    logits = logits_of(16)
+    p, target = logits.softmax(1), F.one_hot(mask, 3).permute(0, 3, 1, 2).float()
+    dice = [
+        1
+        - (2 * (p[:, k] * target[:, k]).sum() + SMOOTH) / ((p[:, k] ** 2).sum() + target[:, k].sum() + SMOOTH)
+        for k in range(3)
+    ]
+    expected = 0.4 * F.cross_entropy(logits, mask) + 0.6 * sum(dice) / 3
+    loss = DiceCE(ce=0.4, dice=0.6, background=True, squared=True)
+    assert loss(logits, mask).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(-1, 1), (0, 0)])
+def test_weights_of_the_loss(weights):
+    with pytest.raises(InputError, match="loss: the weights"):
+        DiceCE(*weights)
