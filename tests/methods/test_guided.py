@@ -363,7 +363,7 @@ def test_grad_cam_is_that_of_the_deepest_features():
     """The anchor's own halves, encoder and decoder, put together by hand."""
     request = make_request(range(4))
     image = base_of(request)
-    skips = ANCHOR.network.encoder(ANCHOR._normalise(image))
+    skips = ANCHOR.network.encoder(ANCHOR.normalise(image))
     skips[-1] = skips[-1].detach().requires_grad_()
     logits = ANCHOR.network.decoder(skips)
     score = (logits[:, 1] * request.mask).sum()
