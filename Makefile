@@ -39,7 +39,7 @@ lint: $(VENV)/.dev  ## Check style and types
 	$(VENV)/bin/mypy
 
 test: lint  ## Check style and types and run the tests
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 clean:  ## Remove the environment (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .snakemake

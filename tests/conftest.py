@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from networks.pretrained import save_pretrained
 from networks.weight_files import write_weights
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start: as many run at once as there are cores
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
