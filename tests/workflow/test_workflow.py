@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -51,29 +52,36 @@ def commands(output: str) -> list[list[str]]:
     return [shlex.split(line.split(" 2>&1")[0].split(" cli.py ")[1]) for line in lines]
 
 
+PARSED: set[tuple[str, ...]] = set()
+"""Command lines of experiments that were parsed, but for folders and numbers: parsing one takes a second."""
+VARIED = re.compile(r"(seed|budget|seed_everything)=\d")
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path, parsed, monkeypatch):
     settings = read(experiment)
     check_settings(settings, experiment)
-    output = snakemake(experiment, "--dry-run", "--printshellcmds", "--config", f"runs={tmp_path}")
+    one = f"seeds=[{settings['seeds'][0]}]"  # the others differ in the seed alone
+    output = snakemake(experiment, "--dry-run", "--printshellcmds", "--config", f"runs={tmp_path}", one)
     jobs = planned(output)
-    seeds, methods = len(settings["seeds"]), len(settings["methods"])
-    assert jobs["real"] == seeds * (1 + len(settings.get("real_arms", {})))
+    methods = len(settings["methods"])
+    assert jobs["real"] == 1 + len(settings.get("real_arms", {}))
     subsets = sum("subset" in (method or {}) for method in settings["methods"].values())
-    assert jobs["synthesis"] == seeds * (methods - subsets)
-    assert jobs.get("subset", 0) == seeds * subsets
+    assert jobs["synthesis"] == methods - subsets
+    assert jobs.get("subset", 0) == subsets
     arms = sum(len(own_budgets(method, settings["budgets"])) for method in settings["methods"].values())
-    assert jobs["union"] == seeds * arms
+    assert jobs["union"] == arms
     assert jobs["report"] == jobs["backbone"] == jobs["reference"] == 1
     monkeypatch.setenv("DATA_ROOT", "/nowhere")
-    others = [f"/seed{seed}/" for seed in settings["seeds"][1:]]  # which differ in the seed alone
-    lines = [line for line in commands(output) if not any(seed in word for seed in others for word in line)]
+    lines = commands(output)
     assert len(lines) >= methods + arms
-    unlike = {
-        tuple(word.split("=")[0] if str(tmp_path) in word else word for word in line): line for line in lines
-    }
-    for line in unlike.values():
-        parsed(*line)
+    for line in lines:
+        form = tuple(
+            word.split("=")[0] if str(tmp_path) in word or VARIED.search(word) else word for word in line
+        )
+        if form not in PARSED:
+            parsed(*line)
+            PARSED.add(form)
 
 
 HALF = {
