@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import numpy as np
 import yaml
 
 from datamodules.sources import Source
+from datamodules.sources.configured import read_source
 from errors import InputError
 from files import write_atomically
 from networks.nnunet_plan import Fingerprint, Intensities, Plan, Spacing, plan_2d
@@ -34,41 +34,6 @@ class _Case:
     spacing: Spacing
     images: list[np.ndarray]
     masks: list[np.ndarray]
-
-
-def read_source(configs: Sequence[str | Path]) -> Source:
-    """Build the source that configuration files name under ``data.init_args.source``; later ones go over.
-
-    Raises:
-        InputError: a file is missing or no YAML, none names a source, or the source cannot be built.
-    """
-    settings: dict[str, Any] = {}
-    for config in configs:
-        try:
-            given = yaml.safe_load(Path(config).read_text())
-            settings = _over(settings, given["data"]["init_args"]["source"])
-        except FileNotFoundError:
-            raise InputError(f"{config}: no such file; give a file such as those of configs/data") from None
-        except yaml.YAMLError as error:
-            raise InputError(f"{config}: is no YAML ({str(error).splitlines()[0]})") from None
-        except (KeyError, TypeError):
-            raise InputError(
-                f"{config}: has no data.init_args.source; give a file such as those of configs/data"
-            ) from None
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Source, "source")
-    try:
-        return parser.instantiate_classes(parser.parse_object({"source": settings})).source
-    except jsonargparse.ArgumentError as error:
-        raise InputError(f"{configs[-1]}: {' '.join(str(error).split())}") from error
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _over(merged[key], value) if both else value
-    return merged
 
 
 def _cases(source: Source) -> Iterator[_Case]:
@@ -201,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.memory > 0:
         raise InputError(f"--memory {options.memory:g}: must be above 0")
-    source = read_source(options.config)
+    source = read_source(*options.config)
     fingerprint, intensities = measure(source)
     channels = normalisation(options.channels, intensities)
     plan = plan_2d(fingerprint, options.memory)

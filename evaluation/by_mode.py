@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from datamodules.sources import Source
+from datamodules.sources.configured import read_source
 from errors import InputError
 from evaluation.batches import batches
 from evaluation.metrics import SegmentationScore
-from evaluation.synthetic import read_source
 from files import write_atomically
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter

@@ -1,6 +1,7 @@
 """Whether a sample shows what its mask says, and how hard it is: a judge's DSC, an anchor's rewards."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
 from evaluation.batches import batches
-from evaluation.metrics import class_scores
+from evaluation.protocols import PROTOCOLS
+from evaluation.surfaces import score_case
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS
+
+_DSC = replace(PROTOCOLS["paper"], measures=("dsc",))  # surfaces cost more than all else
 
 
 def mask_fidelity(synthetic: SyntheticSet, judge: Segmenter) -> Tensor:
@@ -34,9 +38,9 @@ def mask_fidelity(synthetic: SyntheticSet, judge: Segmenter) -> Tensor:
     scores = []
     for logits, mask in _judged(synthetic, judge, "judge"):
         predicted, target = logits.argmax(1).cpu().numpy(), mask.cpu().numpy()
-        classes = range(1, judge.num_classes)
-        scores.append([class_scores(predicted == k, target == k, (1.0, 1.0))[:, 0] for k in classes])
-    return torch.from_numpy(np.concatenate(scores, axis=1)).nanmean(0)
+        pairs = zip(predicted, target, strict=True)
+        scores += [score_case(p, g, judge.num_classes, (1.0, 1.0), _DSC)[:, 0] for p, g in pairs]
+    return torch.from_numpy(np.stack(scores)).nanmean(1)
 
 
 def adversariality(synthetic: SyntheticSet, anchor: Segmenter) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.sources.configured import read_source
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
 from evaluation.batches import batches
 from evaluation.fidelity import check_fit
-from evaluation.synthetic import read_source
 from files import write_atomically
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter

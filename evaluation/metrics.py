@@ -248,22 +248,6 @@ def stacks(volumes: Sequence[Volume | None]) -> dict[int, tuple[int, ...]]:
     return {ids[0]: ids for ids in ordered}
 
 
-def class_scores(prediction: np.ndarray, target: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:
-    """Score one class in a stack of slices, by the rules of :data:`PROTOCOL`.
-
-    Args:
-        prediction: boolean masks ``(B, H, W)``.
-        target: boolean reference masks ``(B, H, W)``.
-        spacing: height and width of a pixel.
-
-    Returns:
-        float64 ``(B, 2)``: DSC in percent and ASD in units of the spacing; NaN where both masks are empty.
-    """
-    pairs = zip(prediction.astype(np.uint8), target.astype(np.uint8), strict=True)
-    scores = [score_case(p, g, 2, spacing, PROTOCOLS["paper"])[0] for p, g in pairs]
-    return np.array(scores).reshape(-1, 2)
-
-
 def _pack(i: int, prediction: Maps, target: Maps) -> Tensor:
     """Return a slice as float32 numbers, each exact: id, height, width, number of bytes, the bytes."""
     data = zlib.compress(np.stack([prediction, target]).astype(np.uint16).tobytes(), 1)

@@ -11,17 +11,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import jsonargparse
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from datamodules.sources import Source
+from datamodules.sources.configured import read_source
 from datamodules.sources.synthetic import SyntheticSet
-from errors import InputError
 from evaluation.distribution import diversity, features_of, inside, kid, precision_recall, vendi
 from evaluation.fid import EncoderFeatures, fid, inception
 from evaluation.fidelity import adversariality, mask_fidelity
@@ -30,25 +27,6 @@ from evaluation.noise import typical_set
 from files import write_atomically
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
-
-
-def read_source(config: str | Path) -> Source:
-    """Build the source that a run's ``config.yaml`` names under ``data.init_args.source``.
-
-    Raises:
-        InputError: the file is missing or names no source.
-    """
-    try:
-        settings = yaml.safe_load(Path(config).read_text())["data"]["init_args"]["source"]
-    except FileNotFoundError:
-        raise InputError(f"{config}: no such file; give the config.yaml that a fit run saved") from None
-    except (KeyError, TypeError):
-        raise InputError(
-            f"{config}: has no data.init_args.source; give the config.yaml of a fit run"
-        ) from None
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Source, "source")
-    return parser.instantiate_classes(parser.parse_object({"source": settings})).source
 
 
 def measure(

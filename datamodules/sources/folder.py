@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from datamodules.sources.source import Sample, Source
+from datamodules.sources.splits import check_fractions, check_names, ordered, shuffled
 from errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -73,7 +74,27 @@ class Format:
     needs_object: bool = False
 
 
-class FolderSource(Source):
+class PairSource(Source):
+    """A source of pairs of files, decoded split by split when first asked for.
+
+    What derives from it has ``_format``, how its files are read, and calls ``_keep``.
+    """
+
+    _format: Format
+
+    def _keep(self, pairs: dict[str, list[Pair]]) -> None:
+        """Take the pairs of each split, in the order of the samples."""
+        self._pairs = pairs
+        self.splits = tuple(pairs)
+        self._datasets: dict[str, FolderDataset] = {}
+
+    def _dataset(self, split: str) -> Dataset[Sample]:
+        if split not in self._datasets:
+            self._datasets[split] = FolderDataset(self._pairs[split], self._format)
+        return self._datasets[split]
+
+
+class FolderSource(PairSource):
     """An image set from a folder of images and a folder of masks.
 
     Files are PNG, JPEG, TIFF or BMP; an image and its mask share the stem of their names, whatever
@@ -154,18 +175,12 @@ class FolderSource(Source):
                     f"n_train is {n_train}; train has {len(split['train'])}: choose 1 to that many"
                 )
             split["train"] = split["train"][:n_train]
-        self._pairs = {key: [pairs[stem] for stem in split[key]] for key in _ordered(split)}
+        kept = {key: [pairs[stem] for stem in split[key]] for key in ordered(split)}
         for key, folder in (tests or {}).items():
-            if key in self._pairs:
+            if key in kept:
                 raise InputError(f"tests: {key!r} is the name of another split; choose another name")
-            self._pairs[key] = list(pair_files(folder).values())
-        self.splits = tuple(self._pairs)
-        self._datasets: dict[str, FolderDataset] = {}
-
-    def _dataset(self, split: str) -> Dataset[Sample]:
-        if split not in self._datasets:
-            self._datasets[split] = FolderDataset(self._pairs[split], self._format)
-        return self._datasets[split]
+            kept[key] = list(pair_files(folder).values())
+        self._keep(kept)
 
 
 class FolderDataset(Dataset[Sample]):
@@ -305,36 +320,17 @@ def _groups(pairs: Mapping[str, Pair], pattern: str | None) -> dict[str, str]:
     return groups
 
 
-def _check_names(names: Iterable[str], argument: str) -> None:
-    missing = [name for name in ("train", "val") if name not in names]
-    if missing:
-        raise InputError(f"{argument} has no {' and no '.join(missing)}: both train and val must be given")
-
-
-def _ordered(names: Iterable[str]) -> list[str]:
-    """Train, val, and then the test sets as given."""
-    return ["train", "val", *(name for name in names if name not in ("train", "val"))]
-
-
 def _split_by_fractions(
     groups: Mapping[str, str], fractions: Mapping[str, float], seed: int, source: str
 ) -> dict[str, list[str]]:
     """Stems of each split; whole groups, in random order, go to the split that is the least full."""
-    _check_names(fractions, "fractions")
-    for name, share in fractions.items():
-        if not 0 < share <= 1:
-            raise InputError(f"fractions: {name} is {share}; it must be above 0 and at most 1")
-    if sum(fractions.values()) > 1 + 1e-9:
-        raise InputError(f"fractions sum to {sum(fractions.values()):g}; the sum must be at most 1")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must be at least 0")
+    check_fractions(fractions)
     members: dict[str, list[str]] = {}
     for stem in sorted(groups):
         members.setdefault(groups[stem], []).append(stem)
-    keys = sorted(members)
-    order = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
+    order = shuffled(members, seed)
 
-    names = _ordered(fractions)
+    names = ordered(fractions)
     ends = np.rint(np.cumsum([fractions[name] for name in names]) * len(groups))
     wanted = dict(zip(names, np.diff(ends, prepend=0), strict=True))
     split: dict[str, list[str]] = {name: [] for name in names}
@@ -347,7 +343,7 @@ def _split_by_fractions(
     for name in names:
         if not split[name]:
             raise InputError(
-                f"fractions: no image of {source} falls to {name} ({len(groups)} images in {len(keys)} "
+                f"fractions: no image of {source} falls to {name} ({len(groups)} images in {len(members)} "
                 "groups): raise its fraction, change seed, or add images"
             )
     return split
@@ -356,7 +352,7 @@ def _split_by_fractions(
 def _split_by_lists(
     pairs: Mapping[str, Pair], groups: Mapping[str, str], lists: Mapping[str, Path]
 ) -> dict[str, list[str]]:
-    _check_names(lists, "lists")
+    check_names(lists, "lists")
     split = {name: _read_list(path, pairs) for name, path in lists.items()}
     listed: dict[str, str] = {}
     owner: dict[str, tuple[str, str]] = {}

@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
-from torch.utils.data import Dataset
 
-from datamodules.sources.folder import Folder, FolderDataset, Pair, expand, make_format, pair_files
-from datamodules.sources.source import Sample, Source
+from datamodules.sources.folder import Folder, Pair, PairSource, expand, make_format, pair_files
 from errors import InputError
 
 
@@ -75,7 +73,7 @@ TestName = Literal["test", "kvasir", "clinicdb", "endoscene", "colondb", "etis"]
 _Pairs = dict[str, Pair]
 
 
-class PolypsSource(Source):
+class PolypsSource(PairSource):
     """Colonoscopy images with polyp masks from several centres.
 
     Reads, by what lies in ``root``, PraNet's packing or the raw sets side by side; ``image``/``mask`` for
@@ -156,20 +154,14 @@ class PolypsSource(Source):
         parts: dict[str, dict[str, list[Pair]]] = {
             key: _split(key, folders[key], split, by_sequence, seed, looks) for key in train_on
         }
-        self._pairs = {"train": _training(parts, n_train, seed), "val": _joined(parts, train_on, "val")}
+        kept = {"train": _training(parts, n_train, seed), "val": _joined(parts, train_on, "val")}
         for key in wanted:
             if key in others:
                 whole = folders[key].test if split == "pranet" else folders[key].all
-                self._pairs[key] = sorted(whole.values(), key=lambda pair: pair.stem)
+                kept[key] = sorted(whole.values(), key=lambda pair: pair.stem)
             else:
-                self._pairs[key] = _joined(parts, train_on if key == "test" else [key], "test")
-        self.splits = tuple(self._pairs)
-        self._datasets: dict[str, FolderDataset] = {}
-
-    def _dataset(self, split: str) -> Dataset[Sample]:
-        if split not in self._datasets:
-            self._datasets[split] = FolderDataset(self._pairs[split], self._format)
-        return self._datasets[split]
+                kept[key] = _joined(parts, train_on if key == "test" else [key], "test")
+        self._keep(kept)
 
 
 def _check_names(names: Sequence[str] | None, argument: str, known: Iterable[str]) -> None:

@@ -65,6 +65,16 @@ def check_names(names: Iterable[str], argument: str) -> None:
         raise InputError(f"{argument} has no {' and no '.join(missing)}: both train and val must be given")
 
 
+def check_fractions(fractions: Mapping[str, float]) -> None:
+    """Raise an InputError unless train and val are there, every share is one, and the sum is at most 1."""
+    check_names(fractions, "fractions")
+    for name, share in fractions.items():
+        if not 0 < share <= 1:
+            raise InputError(f"fractions: {name} is {share}; it must be above 0 and at most 1")
+    if sum(fractions.values()) > 1 + 1e-9:
+        raise InputError(f"fractions sum to {sum(fractions.values()):g}; the sum must be at most 1")
+
+
 def check_cases(cases: Sequence[Case]) -> None:
     """Raise an InputError if two cases have one id, or one patient was published on two sides."""
     by_id: dict[str, Case] = {}
@@ -123,12 +133,7 @@ def split_by_fractions(
     Raises:
         InputError: the fractions make no sense, leave a split without a patient, or patients are unknown.
     """
-    check_names(fractions, "fractions")
-    for name, share in fractions.items():
-        if not 0 < share <= 1:
-            raise InputError(f"fractions: {name} is {share}; it must be above 0 and at most 1")
-    if sum(fractions.values()) > 1 + 1e-9:
-        raise InputError(f"fractions sum to {sum(fractions.values()):g}; the sum must be at most 1")
+    check_fractions(fractions)
     members = patients_of(cases, "a split by fractions")
     order = shuffled(members, seed)
     names = ordered(fractions)

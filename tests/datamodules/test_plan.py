@@ -9,7 +9,8 @@ import torch
 import yaml
 
 import cli
-from datamodules.plan import main, measure, normalisation, read_source
+from datamodules.plan import main, measure, normalisation
+from datamodules.sources.configured import read_source
 from datamodules.sources.source import Source, Volume
 from errors import InputError
 
@@ -101,7 +102,7 @@ def test_a_plan_is_shown_and_trained_by(data, tmp_path, capsys):
 def test_later_files_go_over(data, tmp_path):
     over = tmp_path / "over.yaml"
     over.write_text("data: {init_args: {source: {init_args: {n_train: 4}}}}")
-    source = read_source([data, over])
+    source = read_source(data, over)
     assert len(source.dataset("train")) == 4
     assert source.size == (32, 32)
 
@@ -120,7 +121,7 @@ def test_files_that_name_no_source(tmp_path, text, reason):
     if text is not None:
         file.write_text(text)
     with pytest.raises(InputError, match=rf"data\.yaml.*{reason}"):
-        read_source([file])
+        read_source(file)
 
 
 def test_no_memory(data, tmp_path):

@@ -7,7 +7,6 @@ from conftest import make_segmenter
 from datamodules.sources import PhantomSource
 from errors import InputError
 from evaluation.by_mode import dsc_by_mode
-from evaluation.metrics import class_scores
 
 
 class Bright(nn.Module):
@@ -30,7 +29,8 @@ def test_modes_are_scored_apart():
     scores, modes = [], []
     for sample in source.dataset("test_uniform"):
         predicted = (sample["image"].mean(0) > 0.2).numpy()
-        scores.append(class_scores(predicted[None], sample["mask"].numpy()[None] == 1, (1, 1))[0, 0])
+        target = sample["mask"].numpy() == 1
+        scores.append(200 * (predicted & target).sum() / (predicted.sum() + target.sum()))
         modes.append(sample["mode"])
     for mode in range(5):
         expected = np.mean([s for s, m in zip(scores, modes, strict=True) if m == mode])

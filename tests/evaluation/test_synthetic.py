@@ -9,6 +9,7 @@ from PIL import Image
 
 from conftest import make_segmenter
 from datamodules.sources import PhantomSource
+from datamodules.sources.configured import read_source
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
 from evaluation import synthetic as module
@@ -16,7 +17,7 @@ from evaluation.distribution import diversity, features_of, kid, precision_recal
 from evaluation.fid import EncoderFeatures, fid
 from evaluation.fidelity import adversariality, mask_fidelity
 from evaluation.modes import mode_histogram
-from evaluation.synthetic import main, measure, read_source, write_examples
+from evaluation.synthetic import main, measure, write_examples
 from networks.pretrained import save_pretrained
 
 PHANTOM = {"family": "polyp", "size": 32, "n_train": 6, "n_val": 4, "n_test": 5}

@@ -1,0 +1,49 @@
+"""The source that configuration files name."""
+
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from datamodules.sources.source import Source
+from errors import InputError
+
+
+def read_source(*configs: str | Path) -> Source:
+    """Build the source that configuration files name under ``data.init_args.source``; later ones go over.
+
+    Args:
+        configs: files such as those of ``configs/data``, or the ``config.yaml`` that a fit run saved.
+
+    Raises:
+        InputError: a file is missing or no YAML, one names no source, or the source cannot be built.
+    """
+    settings: dict[str, Any] = {}
+    for config in configs:
+        try:
+            given = yaml.safe_load(Path(config).read_text())
+            settings = _over(settings, given["data"]["init_args"]["source"])
+        except FileNotFoundError:
+            raise InputError(f"{config}: no such file; {_GIVE}") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{config}: is no YAML ({str(error).splitlines()[0]})") from None
+        except (KeyError, TypeError):
+            raise InputError(f"{config}: has no data.init_args.source; {_GIVE}") from None
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Source, "source")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"source": settings})).source
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"{configs[-1]}: {' '.join(str(error).split())}") from error
+
+
+_GIVE = "give a file such as those of configs/data, or the config.yaml that a fit run saved"
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _over(merged[key], value) if both else value
+    return merged
