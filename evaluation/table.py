@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from errors import InputError
-from evaluation.report.collect import REAL, Row, arm_name
+from evaluation.report.collect import NO_BACKBONE, REAL, Row, arm_name
 from evaluation.report.statistics import paired_differences, summarise
 from evaluation.report.tables import Table, as_markdown, mean_sd
-
-NO_BACKBONE = "none"
 
 
 def read_rows(run: Path) -> list[Row]:

@@ -14,6 +14,9 @@ from evaluation.report.inputs import check_settings, finite, read_features, read
 REAL = "real"
 """Name of the arm that is trained on real images alone."""
 
+NO_BACKBONE = "none"
+"""What stands for the backbone where there is none."""
+
 TEST_KEYS = ("dataset", "segmenter", "n_real", "n_synthetic", "protocol", "test_sets")
 SET_KEYS = (
     *("method", "backbone", "seed", "n", "adversariality", "reward", "fid", "fid_extractor"),
@@ -143,9 +146,13 @@ class Run:
             InputError: a file of the run is missing, cannot be read, or lacks a key.
         """
         name = "experiment.yaml"
-        experiment = read_mapping(folder, name, yaml.safe_load, ("name", "backbone", "segmenter"))
+        experiment = read_mapping(folder, name, yaml.safe_load, ("name", "segmenter"))
         check_settings(experiment, folder / name)
-        methods, budgets, seeds = list(experiment["methods"]), experiment["budgets"], experiment["seeds"]
+        methods, budgets, seeds = (
+            list(experiment["methods"]),
+            experiment.get("budgets", []),
+            experiment["seeds"],
+        )
         arms = [
             arm
             for seed in seeds
@@ -185,7 +192,10 @@ class Run:
 
     @property
     def mined(self) -> str:
-        """The method that the page puts first: the ``highlight``, the miner, or else the last one."""
+        """The method that the page puts first: the ``highlight``, the miner, or else the last one.
+
+        Without any method there is none.
+        """
         if "highlight" in self.experiment:
             return self.experiment["highlight"]
         return "miner" if "miner" in self.methods else self.methods[-1]
@@ -225,7 +235,7 @@ class Run:
             Row(
                 dataset=test["dataset"],
                 test_set=name,
-                backbone=self.experiment["backbone"] if arm.budget else "none",
+                backbone=self.experiment["backbone"] if arm.budget else NO_BACKBONE,
                 segmenter=test["segmenter"],
                 method=arm.method,
                 budget=arm.budget,
@@ -268,8 +278,9 @@ class Run:
         places += [(f"Network of {m}", f"seed{s}/{m}_training", m, s) for m in self.methods for s in seeds]
         for arm, _ in self.tests:
             if arm.seed in seeds:
-                budgets = [arm.budget] if arm.budget else self.experiment["budgets"]
-                places += [(f"Segmenter, budget {b:g}×", arm.folder, arm.method, arm.seed) for b in budgets]
+                budgets = [arm.budget] if arm.budget else self.experiment.get("budgets", [])
+                stages = [f"Segmenter, budget {b:g}×" for b in budgets] or ["Segmenter"]
+                places += [(stage, arm.folder, arm.method, arm.seed) for stage in stages]
         return [
             Curve(stage, tag, arm, seed, steps, values)
             for stage, folder, arm, seed in places

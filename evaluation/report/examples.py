@@ -74,7 +74,7 @@ def example_grid(run: Run) -> Grid | None:
     """
     seed = run.experiment["seeds"][0]
     folders = {m: run.folder / f"seed{seed}/{m}/synthetic" for m in run.methods}
-    if not all((f / "manifest.jsonl").is_file() for f in folders.values()):
+    if not folders or not all((f / "manifest.jsonl").is_file() for f in folders.values()):
         return None
     manifests = {m: _manifest(folder) for m, folder in folders.items()}
     whole = "base" if "base" in run.methods else run.methods[0]

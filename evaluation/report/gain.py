@@ -48,6 +48,8 @@ class Correlation(NamedTuple):
 
 def gains(run: Run) -> list[Gain]:
     """Return the gains of every method that has any, over seeds."""
+    if not run.gains:
+        return []
     budget = max(run.experiment["budgets"])  # that of the set
     retrained: dict[str, dict[str, Spread]] = {}
     for d in paired_differences(run.rows, REAL):

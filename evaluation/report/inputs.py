@@ -82,15 +82,21 @@ def check_settings(experiment: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: a setting is missing, of the wrong type, or names an unknown method.
     """
-    for key, kind in (("budgets", int | float), ("seeds", int)):
-        values = experiment.get(key)
-        if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
-            raise InputError(f"{path}: {key} must be a list; write {key}: [...]")
     methods = experiment.get("methods")
-    if experiment.get("highlight") not in (None, *(methods or ())):
+    if not isinstance(methods, dict):
+        raise InputError(f"{path}: methods must be a mapping; write methods: {{}} for real images alone")
+    for key, kind, needed in (("budgets", int | float, bool(methods)), ("seeds", int, True)):
+        values = experiment.get(key, [])
+        if (
+            not isinstance(values, list)
+            or not all(isinstance(v, kind) for v in values)
+            or needed > len(values)
+        ):
+            raise InputError(f"{path}: {key} must be a list; write {key}: [...]")
+    if methods and "backbone" not in experiment:
+        raise InputError(f"{path} has no backbone; name the one that the methods use")
+    if experiment.get("highlight") not in (None, *methods):
         raise InputError(f"{path}: highlight must be one of the methods")
-    if not isinstance(methods, dict) or not methods:
-        raise InputError(f"{path}: methods must name at least one; write methods:")
     shown = experiment.get("embedding") or []
     if not isinstance(shown, list) or not all(m in methods for m in shown):
         raise InputError(f"{path}: embedding must be a list of methods; write embedding: [...]")

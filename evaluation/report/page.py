@@ -76,7 +76,7 @@ def write(run: Run, figures: Path | None = None) -> Path:
     write_atomically(folder / "report.html", page)
     if figures is not None:
         sheet = {} if grid is None else {"examples": example_sheet(grid)}
-        sweeps = {f"sweep_{k}": figure for k, figure in enumerate(drawn["sweeps"].values(), 1)}
+        sweeps = {f"sweep_{k}": figure for k, figure in enumerate(drawn.get("sweeps", {}).values(), 1)}
         for name, figure in {**drawn, **sheet, **sweeps}.items():
             if isinstance(figure, str):
                 write_atomically(
@@ -87,8 +87,10 @@ def write(run: Run, figures: Path | None = None) -> Path:
 
 def _figures(run: Run) -> dict[str, Any]:
     """Return the figures of the page by name, as data URIs; None for one that does not apply."""
-    return {
-        "scores": scores_figure(run),
+    scores = {"scores": scores_figure(run)}
+    if not run.methods:
+        return scores
+    return scores | {
         "budgets": budget_figure(run),
         "nativeness": nativeness_figure(run),
         "histogram": histogram_figure(run),
@@ -150,6 +152,8 @@ def _described(run: Run, method: str, seed: int) -> dict[str, Any]:
 
 def _cards(run: Run) -> list[dict[str, str]]:
     """Return the differences that the page opens with: of the mined arm, at budget 1 or the first."""
+    if not run.methods:
+        return []
     budgets = run.experiment["budgets"]
     budget = 1 if 1 in budgets else budgets[0]
     return [

@@ -92,18 +92,24 @@ def headline_table(run: Run) -> Table:
         for d in paired_differences(rows, reference)
     }
     summaries = summarise(rows)
-    scores = ("DSC (%)", f"ASD ({run.asd_unit})", "ΔDSC to real", "ΔDSC to base", "Seeds")
+    references = {
+        REAL: run.arms,
+        "base": run.methods,
+    }  # to what, and whether there is anything to compare with it
+    shown = [reference for reference in REFERENCES if references[reference]]
+    made = ["Synthetic"] if run.methods else []
+    scores = ("DSC (%)", f"ASD ({run.asd_unit})", *(f"ΔDSC to {reference}" for reference in shown), "Seeds")
     return Table(
-        ("Test set", "Arm", "Real", "Synthetic", *scores),
+        ("Test set", "Arm", "Real", *made, *scores),
         [
             (
                 s.test_set,
                 arm_name(s.method, s.budget),
                 f"{s.n_real:,}",
-                f"{s.n_synthetic:,}",
+                *(f"{s.n_synthetic:,}" for _ in made),
                 mean_sd(s.dsc),
                 mean_sd(s.asd),
-                *(gaps.get((reference, s.test_set, s.method, s.budget), "") for reference in REFERENCES),
+                *(gaps.get((reference, s.test_set, s.method, s.budget), "") for reference in shown),
                 str(s.dsc.n),
             )
             for s in summaries

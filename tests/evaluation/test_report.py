@@ -336,6 +336,30 @@ def test_one_seed_without_images_or_logs(tmp_path, monkeypatch):
     assert "holds no training logs" in page
 
 
+def test_a_segmenter_alone(tmp_path):
+    """An experiment without methods names neither budgets nor a backbone, and its page nothing synthetic."""
+    run = make_run(tmp_path / "alone", methods=())
+    settings = yaml.safe_load((run / "experiment.yaml").read_text())
+    put(
+        run / "experiment.yaml",
+        yaml.safe_dump({k: settings[k] for k in ("name", "segmenter", "methods", "seeds")}),
+    )
+    for seed in SEEDS:
+        log_scalars(run / f"seed{seed}/real", "val/dsc")
+    read = Run.read(run)
+    table = headline_table(read)
+    assert table.columns == ("Test set", "Arm", "Real", "DSC (%)", "ASD (mm)", "Seeds")
+    assert table.cells[0] == ("test", "real", "1,200", "82.00 ± 2.00", "1.80 ± 0.20", "3")
+    assert {curve.stage for curve in read.curves()} == {"Segmenter"}
+    page = write(read).read_text(encoding="utf-8")
+    for word in ("ynthetic", "Paired", "backbone", "budget", "grey lines"):
+        assert word not in page.partition("</style>")[2], word
+    assert page.count("<img") == 2
+    report = json.loads((run / "report/report.json").read_text())
+    assert {row["backbone"] for row in report["rows"]} == {"none"}
+    assert report["synthetic_sets"] == []
+
+
 def test_curves_are_thinned_and_carry_arm_and_seed(run):
     log_scalars(run / "seed1/real", "val/dsc")
     log_scalars(run / "seed2/miner/1x", "val/dsc")
@@ -429,7 +453,18 @@ def test_missing_input_is_named_with_its_command(run, name):
         ("seed0/real/test.json", "[]", "has no dataset"),
         ("seed0/base/synthetic.json", '{"method": "base"}', "has no backbone, seed"),
         ("experiment.yaml", "a: [", "cannot be read"),
-        ("experiment.yaml", "{name: a, backbone: c, segmenter: d}", "budgets must be a list"),
+        ("experiment.yaml", "{name: a, segmenter: d}", "methods must be a mapping"),
+        (
+            "experiment.yaml",
+            "{name: a, backbone: c, segmenter: d, methods: {base: }}",
+            "budgets must be a list",
+        ),
+        (
+            "experiment.yaml",
+            "{name: a, segmenter: d, methods: {base: }, budgets: [1], seeds: [0]}",
+            "no backbone",
+        ),
+        ("experiment.yaml", "{name: a, segmenter: d, methods: {}, seeds: []}", "seeds must be a list"),
     ],
 )
 def test_unusable_input_is_named(run, name, content, problem):

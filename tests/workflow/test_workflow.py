@@ -67,11 +67,12 @@ def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path, parse
     methods = len(settings["methods"])
     assert jobs["real"] == 1 + len(settings.get("real_arms", {}))
     subsets = sum("subset" in (method or {}) for method in settings["methods"].values())
-    assert jobs["synthesis"] == methods - subsets
+    assert jobs.get("synthesis", 0) == methods - subsets
     assert jobs.get("subset", 0) == subsets
     arms = sum(len(own_budgets(method, settings["budgets"])) for method in settings["methods"].values())
-    assert jobs["union"] == arms
-    assert jobs["report"] == jobs["backbone"] == jobs["reference"] == 1
+    assert jobs.get("union", 0) == arms
+    assert jobs["report"] == 1
+    assert jobs.get("backbone", 0) == jobs.get("reference", 0) == (methods > 0)
     monkeypatch.setenv("DATA_ROOT", "/nowhere")
     lines = commands(output)
     assert len(lines) >= methods + arms
