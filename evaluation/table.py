@@ -1,6 +1,7 @@
 """One table of several experiments: a line per backbone and arm, a column per data set and test set.
 
-``python -m evaluation.table runs/a runs/b … [--test-set NAME …]``
+``python -m evaluation.table runs/a runs/b … [--test-set NAME …]``; with ``--sets`` one of each experiment and
+test set: a line per arm, its scores beside what describes its synthetic sets.
 """
 
 import argparse
@@ -11,19 +12,31 @@ from typing import Any
 
 from errors import InputError
 from evaluation.report.collect import NO_BACKBONE, REAL, Row, arm_name
-from evaluation.report.statistics import paired_differences, summarise
-from evaluation.report.tables import Table, as_markdown, mean_sd
+from evaluation.report.statistics import paired_differences, spread, summarise
+from evaluation.report.tables import Table, as_markdown, interval, mean_sd, number
+
+SET_COLUMNS = {
+    "adversariality": ("adversariality", 3, 1),
+    "fid": ("FID × 10³", 2, 1000),
+    "precision": ("precision", 3, 1),
+    "precision_base_modes": ("… at base's modes", 3, 1),
+    "mask_fidelity": ("mask fidelity", 1, 1),
+    "kl": ("KL, nats", 1, 1),
+    "calls_per_image": ("calls", 0, 1),
+}
+"""Columns of :func:`arms_table` about the synthetic sets: head, decimals, factor; without those unknown."""
 
 
-def read_rows(run: Path) -> list[Row]:
-    """Return the rows of a run's ``report.json``, or of such a file itself.
+def read_report(run: Path) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Return the rows and synthetic sets in a run's ``report.json``, or in such a file itself.
 
     Raises:
         InputError: there is no report, or it is none.
     """
     path = run if run.suffix == ".json" else run / "report" / "report.json"
     try:
-        return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        report = json.loads(path.read_text())
+        return [Row(**row) for row in report["rows"]], [dict(one) for one in report.get("synthetic_sets", [])]
     except FileNotFoundError:
         raise InputError(f"{path} is missing; make it with: make experiment NAME={run.name}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -40,9 +53,7 @@ def grand_table(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str] =
     Raises:
         InputError: an arm comes twice, or a test set is unknown.
     """
-    known = dict.fromkeys(row.test_set for rows in experiments for row in rows)
-    if unknown := [name for name in test_sets if name not in known]:
-        raise InputError(f"test set {unknown[0]}: is unknown; choose from {', '.join(known)}")
+    _known(experiments, test_sets)
     cells: dict[tuple[str, str], dict[str, str]] = {}
     columns: dict[str, None] = {}
     for rows in experiments:
@@ -66,14 +77,90 @@ def grand_table(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str] =
     )
 
 
+def arms_table(
+    rows: Sequence[Row], sets: Sequence[dict[str, Any]], test_set: str, best_first: bool = False
+) -> Table:
+    """Return a line per arm of an experiment: DSC on a test set, paired changes, and its synthetic sets.
+
+    Scores are mean ± standard deviation over seeds, figures of the sets means over seeds. They are of a
+    method's whole set, whatever part of it an arm takes.
+
+    Args:
+        rows: rows of the experiment.
+        sets: ``synthetic_sets`` of its report.
+        test_set: the test set.
+        best_first: sort by DSC, instead of as the experiment has the arms.
+
+    Raises:
+        InputError: the test set is unknown.
+    """
+    _known([rows], [test_set])
+    shown = [row for row in rows if row.test_set == test_set]
+    gaps = {
+        (reference, d.method, d.budget): d.dsc
+        for reference in (REAL, "base")
+        for d in paired_differences(shown, reference)
+    }
+    columns = {
+        key: column for key, column in SET_COLUMNS.items() if any(one.get(key) is not None for one in sets)
+    }
+
+    def described(method: str, key: str) -> str:
+        _, digits, factor = SET_COLUMNS[key]
+        found = spread(one.get(key) for one in sets if one["method"] == method)
+        return number(factor * found.mean, digits) if found.n else ""
+
+    lines = []
+    for arm in summarise(shown):
+        real, base = (gaps.get((name, arm.method, arm.budget)) for name in (REAL, "base"))
+        cells = (
+            arm_name(arm.method, arm.budget),
+            mean_sd(arm.dsc),
+            mean_sd(real, signed=True) if real else "",
+            mean_sd(base, signed=True) if base else "",
+            interval(base) if base else "",
+            *(described(arm.method, key) for key in columns),
+        )
+        lines.append((arm.dsc.mean, arm.method, cells))
+    if best_first:
+        lines.sort(key=lambda line: -line[0])
+    heads = (
+        "Arm",
+        f"DSC, {test_set}",
+        "Δ real",
+        "Δ base",
+        "95 % interval",
+        *(c[0] for c in columns.values()),
+    )
+    return Table(heads, [cells for *_, cells in lines], [method for _, method, _ in lines], left=1)
+
+
+def _known(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str]) -> None:
+    """Raise unless these test sets are in some experiment."""
+    known = dict.fromkeys(row.test_set for rows in experiments for row in rows)
+    if unknown := [name for name in test_sets if name not in known]:
+        raise InputError(f"test set {unknown[0]}: is unknown; choose from {', '.join(known)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.table", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="runs/<experiment>, or a report.json")
     parser.add_argument("--test-set", action="append", default=[], help="show this one; may be repeated")
+    parser.add_argument("--sets", action="store_true", help="a table of each experiment and test set")
+    parser.add_argument("--best-first", action="store_true", help="with --sets: sort by DSC")
     options = parser.parse_args(arguments)
-    print(as_markdown(grand_table([read_rows(run) for run in options.runs], options.test_set)))
-    print("\nDSC in percent, mean ± standard deviation over seeds; in brackets the change to real, by seed.")
+    reports = [read_report(run) for run in options.runs]
+    if options.sets:
+        _known([rows for rows, _ in reports], options.test_set)
+        for rows, sets in reports:
+            for name in dict.fromkeys(row.test_set for row in rows):
+                if not options.test_set or name in options.test_set:
+                    print(as_markdown(arms_table(rows, sets, name, options.best_first)), end="\n\n")
+    else:
+        print(as_markdown(grand_table([rows for rows, _ in reports], options.test_set)), end="\n\n")
+    print("DSC in percent, mean ± standard deviation over seeds; changes are paired by seed", end="")
+    print("." if options.sets else ", those to real in brackets.")
 
 
 if __name__ == "__main__":

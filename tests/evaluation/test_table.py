@@ -5,7 +5,7 @@ import pytest
 
 from errors import InputError
 from evaluation.report.collect import Row
-from evaluation.table import grand_table, main
+from evaluation.table import arms_table, grand_table, main
 
 
 def row(dsc, method="real", budget=0, seed=0, dataset="acdc", test_set="test"):
@@ -57,6 +57,49 @@ def test_command(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| Backbone | Arm | acdc, NNUNet: test | polyps, NNUNet: a |"
     assert lines[3] == "| SegDiff | base 1× | 84.50 ± 2.12 (+3.50 ± 0.71) | – |"
+
+
+SETS = [
+    {"method": "base", "seed": 0, "adversariality": 0.1, "fid": 0.002, "kl": 0.0, "calls_per_image": 50.0},
+    {"method": "base", "seed": 1, "adversariality": 0.3, "fid": 0.004, "kl": 0.0, "calls_per_image": 50.0},
+    {"method": "best", "seed": 0, "adversariality": 0.5, "fid": None, "kl": None, "calls_per_image": 200.0},
+]
+BEST = [row(88.0, "best", 1), row(89.0, "best", 1, 1), row(70.0, "nnunet")]
+
+
+def test_arms_beside_their_sets():
+    table = arms_table([*ACDC, *BEST], SETS, "test")
+    heads = ("Δ base", "95 % interval", "adversariality", "FID × 10³", "KL, nats", "calls")
+    assert table.columns == ("Arm", "DSC, test", "Δ real", *heads)
+    assert table.cells == [
+        ("real", "81.00 ± 1.41", "", "", "", "", "", "", ""),
+        ("base 1×", "84.50 ± 2.12", "+3.50 ± 0.71", "", "", "0.200", "3.00", "0.0", "50"),
+        ("best 1×", "88.50 ± 0.71", "+7.50 ± 0.71", "+4.00 ± 1.41", "–", "0.500", "", "", "200"),
+        ("nnunet", "70.00 ± –", "−10.00 ± –", "", "", "", "", "", ""),
+    ]
+    best_first = arms_table([*ACDC, *BEST], SETS, "test", best_first=True)
+    assert best_first.methods == ["best", "base", "real", "nnunet"]
+    assert sorted(best_first.cells) == sorted(table.cells)
+    three = [*ACDC, row(81.0, seed=2), row(84.0, "base", 1, 2), *BEST, row(90.0, "best", 1, 2)]
+    # differences 5, 3, 6: mean 14/3, sd √(7/3), half width 4.3027 sd / √3
+    assert arms_table(three, [], "test").cells[2] == (
+        *("best 1×", "89.00 ± 1.00", "+8.00 ± 1.00", "+4.67 ± 1.53", "[+0.87, +8.46]"),
+    )
+    with pytest.raises(InputError, match="test set etis: is unknown; choose from test"):
+        arms_table(ACDC, SETS, "etis")
+
+
+def test_command_for_sets(tmp_path, capsys):
+    polyps = tmp_path / "polyps.json"
+    polyps.write_text(json.dumps({"rows": [asdict(one) for one in POLYPS], "synthetic_sets": []}))
+    main([str(polyps), "--sets"])
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Arm")]
+    assert [head.split(" | ")[1] for head in heads] == ["DSC, a", "DSC, b"]
+    main([str(polyps), "--sets", "--test-set", "a", "--best-first"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| miner 3×", "| real"]
+    with pytest.raises(InputError, match="test set etis: is unknown"):
+        main([str(polyps), "--sets", "--test-set", "etis"])
 
 
 @pytest.mark.parametrize(
