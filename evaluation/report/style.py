@@ -2,7 +2,6 @@
 
 import base64
 import io
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +32,12 @@ CLIPS = (
 """The shapes of :data:`MARKERS` in CSS. A method has the next one each time that the colours are used up."""
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+FONTS = ("'DejaVu Sans'", "'Helvetica Neue', 'Arial', 'Liberation Sans', 'DejaVu Sans'")
+"""The font that figures are laid out with, wide from matplotlib itself, and those that a reader may have."""
+
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.sans-serif": ["DejaVu Sans"],
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.size": 9,
@@ -92,15 +94,14 @@ def picture(uri: str) -> bytes:
 
 def new_figure(height: float) -> Figure:
     """Return an empty figure in the style of the page; the height is in inches."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # the reader may have these fonts
     return Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09))
 
 
 def to_svg(figure: Figure) -> str:
     """Return a figure as a data URI of an SVG picture."""
-    buffer = io.BytesIO()
+    buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=200)
-    return data_uri(buffer.getvalue(), "image/svg+xml")
+    return data_uri(buffer.getvalue().replace(*FONTS).encode(), "image/svg+xml")
 
 
 styled = matplotlib.rc_context(STYLE)

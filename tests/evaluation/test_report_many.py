@@ -21,7 +21,17 @@ from evaluation.report.figures import (
 )
 from evaluation.report.labels import label_points
 from evaluation.report.page import write
-from evaluation.report.style import COLOURS, MARKERS, MORE_COLOURS, colour, data_uri, marker, picture, swatch
+from evaluation.report.style import (
+    COLOURS,
+    FONTS,
+    MARKERS,
+    MORE_COLOURS,
+    colour,
+    data_uri,
+    marker,
+    picture,
+    swatch,
+)
 
 METHODS = ("base", "best_of_2", "best_of_4", "miner", *(f"m{i}" for i in range(5)))
 
@@ -36,6 +46,12 @@ def test_methods_of_one_colour_differ_in_shape():
     looks = {(colour(arm, arms), marker(arm, arms)) for arm in arms if arm not in ("backbone", "reference")}
     assert len(looks) == len(arms) - 2
     assert len({swatch(arm, arms) for arm in arms}) == len(arms) - 1  # backbone and reference look alike
+
+
+def test_figures_are_laid_out_alike_on_every_machine(run):
+    """In a font that comes with matplotlib; the reader may have a narrower one."""
+    drawn = picture(scores_figure(Run.read(run))).decode()
+    assert set(re.findall(r"font-family: ([^;\"]*)", drawn)) == {f"{FONTS[1]}, sans-serif"}
 
 
 def test_arms_stand_one_below_the_other(run):
