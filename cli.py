@@ -8,14 +8,19 @@ import callbacks
 import datamodules  # noqa: F401
 import lightning_modules  # noqa: F401
 import methods  # noqa: F401
+from callbacks.paths import in_run
+from errors import InputError
 
 
 class CLI(LightningCLI):
     """LightningCLI in which ``--trainer.default_root_dir`` names the folder of the run for everything."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the logger write to the folder of the run."""
+        """Let the logger write to the folder of the run, and a training end with its test."""
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="Test the weights that fit hands on."
+        )
 
     def check_data(self) -> None:
         """Read the data and check it against the networks before anything is written."""
@@ -30,7 +35,25 @@ class CLI(LightningCLI):
             if isinstance(callback, callbacks.SynthesisCallback):
                 callback.check_folder(self.trainer)
 
-    before_fit = before_validate = before_test = check_data
+    def before_fit(self) -> None:
+        """Check the data, and that what is to be tested afterwards can be."""
+        self.check_data()
+        exporting = any(isinstance(c, callbacks.ExportWeights) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.config.fit.test_after_fit and not (exporting and hasattr(self.model, "take")):
+            raise InputError(
+                f"test_after_fit: {type(self.model).__name__} has no test, or no ExportWeights hands its "
+                "weights on; leave it out"
+            )
+
+    def after_fit(self) -> None:
+        """Test the weights that were handed on, if asked to: those of the best validation, say."""
+        if self.config.fit.test_after_fit:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, callbacks.ExportWeights):
+                    self.model.take(str(in_run(self.trainer, callback.folder)))
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+    before_validate = before_test = check_data
 
 
 def main(args: ArgsType = None) -> LightningCLI:

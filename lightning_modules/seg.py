@@ -121,14 +121,25 @@ class SegLitModule(L.LightningModule):
         self.inference = inference
         self.mirror = mirror
         self.normalised = False
-        self.segmenter = started(segmenter, weights, "model.segmenter")
-        self.training_facts = training_facts(weights) if weights else {}
+        self.segmenter = segmenter
+        self.training_facts: dict[str, Any] = {}
+        if weights is not None:
+            self.take(weights)
         self.cutmix = cutmix
         self.copy_paste = copy_paste
         self.optimizer = optimizer
         self.power = power
         self.seed = seed
         self.protocol: PresetName = protocol
+
+    def take(self, weights: str) -> None:
+        """Start from the trained weights in a folder, or test them.
+
+        Raises:
+            InputError: ``weights`` cannot be read, or are of another architecture.
+        """
+        started(self.segmenter, weights, "model.segmenter")
+        self.training_facts = training_facts(weights)
 
     @property
     def trained(self) -> Segmenter:

@@ -82,6 +82,7 @@ def runs(tmp_path_factory):
     cli.main(command("predict", "synthesis", runs.mined, *frozen(runs), *mined))
     start = f"--model.init_args.weights={runs.segmenter / 'weights'}"
     union = [start, f"--data.init_args.synthetic={runs.mined / 'synthetic'}", "--data.init_args.budget=1"]
+    union += ["--test_after_fit=true"]
     cli.main(command("fit", "segmenter", runs.union, *short(4), *union, network=SEGMENTER))
     trained = f"--model.init_args.weights={runs.union / 'weights'}"
     cli.main(command("test", "segmenter", runs.test, trained, network=SEGMENTER))
@@ -111,11 +112,26 @@ def test_backbone_hands_on_the_averaged_weights(runs):
     assert not all(torch.equal(exported[name], last[f"backbone.{name}"]) for name in exported)
 
 
+def test_training_can_end_with_its_test(runs):
+    """On the weights handed on, as by a command of its own."""
+    for name in ("test.json", "test_cases.csv"):
+        assert (runs.union / name).read_bytes() == (runs.test / name).read_bytes()
+
+
+def test_a_stage_without_a_test_cannot_end_with_one(tmp_path):
+    with pytest.raises(InputError, match="test_after_fit: DiffusionLitModule has no test"):
+        cli.main(
+            command("fit", "backbone", tmp_path / "run", *short(2), "--test_after_fit=true", network=BACKBONE)
+        )
+    assert not (tmp_path / "run" / "weights").exists()
+
+
 def test_runs_keep_to_their_folders(runs):
     for name in ("backbone", "segmenter", "miner", "union"):
         written = files_of(getattr(runs, name))
         tops = {file.split("/")[0] for file in written}
-        assert tops - {".weights.best"} == {"weights", "tensorboard"}, name
+        tested = {"test.json", "test_cases.csv"} if name == "union" else set()
+        assert tops - {".weights.best"} == {"weights", "tensorboard"} | tested, name
         assert "tensorboard/config.yaml" in written
         assert any("tfevents" in file for file in written)
         assert any(file.endswith("last.ckpt") for file in written)

@@ -64,14 +64,15 @@ def read_features(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_scalars(logs: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Return tag, steps and values of every scalar in a folder of TensorBoard files."""
+    """Return tag, steps and values of every curve in a folder of TensorBoard files, not of single points."""
     if not logs.is_dir():
         return []
     events = EventAccumulator(str(logs), size_guidance={"scalars": 0}).Reload()
     series = []
     for tag in events.Tags()["scalars"]:
-        if tag not in ("epoch", "hp_metric"):
-            points = evenly(events.Scalars(tag), CURVE_POINTS)
+        logged = events.Scalars(tag)
+        if tag not in ("epoch", "hp_metric") and len(logged) > 1:
+            points = evenly(logged, CURVE_POINTS)
             series.append((tag, np.array([p.step for p in points]), np.array([p.value for p in points])))
     return series
 

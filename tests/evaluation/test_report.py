@@ -94,6 +94,7 @@ def log_scalars(folder: Path, tag: str) -> None:
     for step in range(500):
         writer.add_scalar(tag, 1 / (1 + step), step)
         writer.add_scalar("epoch", step // 50, step)
+    writer.add_scalar("test/dsc", 90.0, 500)  # a single point is no curve
     writer.close()
 
 
