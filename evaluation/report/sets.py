@@ -4,6 +4,7 @@ import math
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
 from evaluation.report.collect import Run
 from evaluation.report.labels import CROWD, label_points
@@ -12,6 +13,11 @@ from evaluation.report.style import colour, marker, new_figure, styled, to_svg
 
 NATIVENESS = {"fid": "FID", "mask_fidelity": "mask fidelity, DSC (%)"}
 """What is drawn against adversariality."""
+
+FAR = 2.5
+"""How many times as adversarial as the hardest of the yardstick a method is drawn to scale."""
+
+Place = tuple[float, float]
 
 
 def yardstick(run: Run) -> list[str]:
@@ -24,7 +30,8 @@ def yardstick(run: Run) -> list[str]:
 def nativeness_figure(run: Run) -> str | None:
     """Draw FID and mask fidelity against adversariality, a point per method; None where none has either.
 
-    A grey line joins the methods of the :func:`yardstick`. FID is of sets of one size only, that of base.
+    A grey line joins the methods of the :func:`yardstick`. FID is of sets of one size only, that of base. A
+    method that is :data:`FAR` off stands at the right edge with its numbers: the others can be told apart.
     """
     size = {method: one["n"] for (method, _), one in run.sets.items()}
     common = size[(yardstick(run) or run.methods)[0]]
@@ -43,18 +50,33 @@ def nativeness_figure(run: Run) -> str | None:
     shape = (len(known), 1) if len(run.methods) > CROWD else (1, len(known))
     figure = new_figure(4.2 * shape[0])
     panels = figure.subplots(*shape, squeeze=False).flatten()
+    drawn = []
     for ax, (key, one) in zip(panels, known.items(), strict=True):
         joined = [one[m] for m in yardstick(run) if m in one]
         ax.plot(*np.array(joined).reshape(-1, 2).T, color="#b9c3ca", lw=1.5, zorder=1)
-        for method, place in one.items():
+        near = {m: p for m, p in one.items() if len(joined) < 2 or p[0] <= FAR * joined[-1][0]}
+        for method, place in near.items():
             shade, mark = colour(method, run.arms), marker(method, run.arms)
             ax.plot(*place, color=shade, marker=mark, ms=5.5, lw=0, zorder=3)
         ax.set(title=NATIVENESS[key].partition(",")[0], xlabel="adversariality", ylabel=NATIVENESS[key])
         ax.margins(0.1)
+        edges = _at_the_edge(ax, {m: p for m, p in one.items() if m not in near})
+        for method, place in edges.items():
+            ax.plot(*place, color=colour(method, run.arms), marker=">", ms=6, lw=0, zorder=3, clip_on=False)
+        names = [m if m in near else f"{m} ({one[m][0]:.2g}, {one[m][1]:.2g})" for m in (*near, *edges)]
+        drawn.append((ax, names, [*near.values(), *edges.values()]))
     figure.draw_without_rendering()
-    for ax, one in zip(panels, known.values(), strict=True):
-        label_points(ax, list(one), *zip(*one.values(), strict=True))
+    for ax, names, places in drawn:
+        label_points(ax, names, *zip(*places, strict=True))
     return to_svg(figure)
+
+
+def _at_the_edge(ax: Axes, far: dict[str, Place]) -> dict[str, Place]:
+    """Return where methods that lie outside stand: at the right edge, as high as they are or as fits."""
+    (_, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    if far:
+        ax.set(xlim=ax.get_xlim(), ylim=(low, high))  # whatever is drawn from here on
+    return {method: (right, min(max(y, low), high)) for method, (_, y) in far.items()}
 
 
 def mode_shares(run: Run) -> dict[str, dict[str, float]]:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,20 @@ def test_yardstick_is_in_order_of_adversariality(run, monkeypatch):
 def test_nativeness_needs_fid_or_mask_fidelity(tmp_path):
     run = make_run(tmp_path / "base_alone", methods=("base",))
     assert nativeness_figure(Run.read(run)) is None
+
+
+def test_what_is_far_off_does_not_squeeze_the_others(run):
+    for seed in SEEDS:
+        for method, hardness, fid in zip(METHODS, (0.1, 0.2, 0.25, 0.7), (5.0, 6.0, 6.5, 44.0), strict=True):
+            describe(run, method, seed, adversariality=hardness, fid=fid)
+    shown = words(nativeness_figure(Run.read(run)))
+    assert "miner (0.7, 44)" in shown
+    assert {"base", "best_of_2", "best_of_4"} <= set(shown)
+    ticks = [float(word) for word in shown if re.fullmatch(r"[0-9.]+", word)]
+    assert max(ticks) < 8
+    for seed in SEEDS:
+        describe(run, "miner", seed, adversariality=0.6, fid=44.0)
+    assert "miner" in words(nativeness_figure(Run.read(run)))  # 2.4 times as hard as the hardest of the yardstick
 
 
 def test_fid_is_drawn_of_sets_of_one_size_only(run):
