@@ -23,6 +23,7 @@ class Sampler:
     Args:
         backbone: the diffusion model.
         steps: steps of the full schedule.
+        signal: ᾱ at which a glance reads the noise, in (0, 1).
 
     Attributes:
         pairs: (t, t_prev) of every step, noisiest first.
@@ -32,8 +33,9 @@ class Sampler:
         ValueError: the schedule has a zero terminal signal-to-noise ratio: √(1/ᾱ_T) would be infinite.
     """
 
-    def __init__(self, backbone: Backbone, steps: int = 50) -> None:
+    def __init__(self, backbone: Backbone, steps: int = 50, signal: float = SIGNAL) -> None:
         self.backbone = backbone
+        self.signal = signal
         self.calls = 0
         self.pairs = ddim_timesteps(
             steps, len(backbone.alphas_cumprod), backbone.spacing, backbone.steps_offset
@@ -135,7 +137,7 @@ class Sampler:
         condition: Any,
         calls: int = 2,
         gradient: GradientMode = "stop",
-        signal: float = SIGNAL,
+        signal: float | None = None,
     ) -> Tensor:
         """Return x̂_0, a latent, of a sampler that takes x_T for x_t further down the schedule.
 
@@ -149,11 +151,12 @@ class Sampler:
             condition: of the masks.
             calls: calls of the backbone.
             gradient: as in :meth:`rollout`; under ``stop`` the constant is √(1/ᾱ_t).
-            signal: ᾱ of the first call, in (0, 1).
+            signal: ᾱ of the first call, in (0, 1); None is the sampler's.
 
         Raises:
             ValueError: there are no calls, or more than timesteps left.
         """
+        signal = self.signal if signal is None else signal
         start = int((self.backbone.alphas_cumprod >= signal).sum()) - 1
         if not 1 <= calls <= start:
             raise ValueError(

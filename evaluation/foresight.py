@@ -26,10 +26,10 @@ from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS
 
-SIGNALS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+SIGNALS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 """ᾱ at which glances are tried."""
 
-GLANCES = (1, 2, 3)
+GLANCES = (1, 2, 3, 4)
 ESTIMATES = (1, 2, 5, 10, 20)
 """Calls of the glances, and of the truncated rollouts, that are tried."""
 

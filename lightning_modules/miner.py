@@ -9,7 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from datamodules.sources import Source
-from diffusion.sampler import GradientMode
+from diffusion.sampler import SIGNAL, GradientMode
 from errors import InputError
 from lightning_modules.checks import check_checkpoint, check_image_set
 from lightning_modules.synthesis import SynthesisLitModule
@@ -51,6 +51,7 @@ class MinerLitModule(SynthesisLitModule):
         truncate: calls of the backbone in a training rollout, of ``steps``.
         glance: 0, or the calls of a glance (:meth:`Sampler.glance`) that takes the rollout's place: it
             shows nearly the finished image, at a fraction of the calls.
+        signal: ᾱ at which a glance reads the noise.
         gradient: ``stop`` (the paper's temporal stop-gradient), ``full`` (through the backbone), or
             ``score_function`` (REINFORCE with an antithetic baseline; no gradient of anything frozen).
         noise: ``fresh`` (the paper's) or ``paired``.
@@ -89,6 +90,7 @@ class MinerLitModule(SynthesisLitModule):
         keep_norm: bool = False,
         truncate: int = 10,
         glance: int = 0,
+        signal: float = SIGNAL,
         gradient: MiningGradient = "stop",
         noise: NoiseMode = "fresh",
         reference: str | None = None,
@@ -102,7 +104,7 @@ class MinerLitModule(SynthesisLitModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=1e-2),
         seed: int = 0,
     ) -> None:
-        super().__init__(backbone, anchor, Base(), reward, steps, seed)
+        super().__init__(backbone, anchor, Base(), reward, steps, seed, signal)
         channels = self.backbone.noise_shape((64, 64))[0]
         network = load_pretrained(weights, Miner).train() if weights else miner or Miner(channels)
         if weights and miner and network.settings() != miner.settings():

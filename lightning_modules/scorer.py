@@ -13,6 +13,7 @@ from datamodules.scored import ScoredDataModule
 from datamodules.sources.source import Source
 from datamodules.streams import item_generator
 from diffusion.noise import NoiseStream
+from diffusion.sampler import SIGNAL
 from errors import InputError
 from lightning_modules.checks import check_checkpoint, check_image_set
 from lightning_modules.synthesis import CALIBRATION_SEED, SynthesisLitModule
@@ -45,6 +46,7 @@ class ScorerLitModule(SynthesisLitModule):
         reducible: λ, how much of the reference's loss is taken off.
         glance: calls of the backbone in a glance (:meth:`Sampler.glance`) that the target is read from; 0
             where finished images are at hand.
+        signal: ᾱ at which a glance reads the noise.
         flip: mirror response and mask at random while training.
         n: proposals a mask when predicting.
         steps: DDIM steps of the full schedule.
@@ -68,6 +70,7 @@ class ScorerLitModule(SynthesisLitModule):
         reference: str | None = None,
         reducible: float = 1.0,
         glance: int = 0,
+        signal: float = SIGNAL,
         flip: bool = True,
         n: int = 8,
         steps: int = 50,
@@ -75,7 +78,7 @@ class ScorerLitModule(SynthesisLitModule):
         seed: int = 0,
     ) -> None:
         # The method comes once the networks are there to build it from.
-        super().__init__(backbone, anchor, SeedScorer(Scorer()), reward, steps, seed)
+        super().__init__(backbone, anchor, SeedScorer(Scorer()), reward, steps, seed, signal)
         channels = self.backbone.noise_shape((64, 64))[0]
         network = (
             load_pretrained(weights, Scorer).train()

@@ -10,7 +10,7 @@ from torch import Tensor
 from datamodules.sources import Source
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
-from diffusion.sampler import Sampler
+from diffusion.sampler import SIGNAL, Sampler
 from errors import InputError
 from lightning_modules.checks import check_image_set
 from methods import Method, Preparation, Request
@@ -40,6 +40,7 @@ class SynthesisLitModule(L.LightningModule):
         reward: which loss is reported: ce, bounded_ce, balanced_ce, bounded_balanced_ce, dice or focal.
         steps: DDIM steps of the full schedule.
         seed: with the sample's index it decides the sample's noise.
+        signal: ᾱ at which a glance reads the noise (:meth:`Sampler.glance`).
 
     Raises:
         InputError: a folder cannot be used, the reward is unknown, or backbone and anchor do not fit.
@@ -56,8 +57,11 @@ class SynthesisLitModule(L.LightningModule):
         reward: str = "bounded_ce",
         steps: int = 50,
         seed: int = 0,
+        signal: float = SIGNAL,
     ) -> None:
         super().__init__()
+        if not 0 < signal < 1:
+            raise InputError(f"model.signal {signal}: choose an ᾱ between 0 and 1, such as {SIGNAL}")
         if not 1 <= steps <= 1000:
             raise InputError(f"model.steps {steps}: choose 1 to 1000 DDIM steps")
         if reward not in REWARDS:
@@ -67,7 +71,7 @@ class SynthesisLitModule(L.LightningModule):
         self.method = method
         self.reward_name = reward
         self.seed = seed
-        self.sampler = Sampler(self.backbone, steps)
+        self.sampler = Sampler(self.backbone, steps, signal)
         if self.backbone.image_channels != self.anchor.image_channels:
             raise InputError(
                 f"model.anchor {anchor}: reads {self.anchor.image_channels} channels, but the backbone "

@@ -234,6 +234,11 @@ def test_the_glance_of_stable_diffusions_schedule_begins_at_865():
     backbone.epsilon = lambda x, t, condition: seen.append(int(t[0])) or x
     Sampler(backbone).glance(noise(), torch.zeros(()), 2)
     assert seen == [865, 432]
+    seen.clear()
+    Sampler(backbone, signal=0.005).glance(noise(), torch.zeros(()), 2)
+    assert seen == [993, 496]
+    Sampler(backbone, signal=0.005).glance(noise(), torch.zeros(()), 2, signal=0.02)
+    assert seen[2:] == [865, 432]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -8,7 +8,7 @@ from datamodules import ConditionDataModule
 from datamodules.sources.synthetic import SyntheticSet
 from diffusion.sampler import Sampler
 from errors import InputError
-from evaluation.foresight import foresight, main
+from evaluation.foresight import GLANCES, SIGNALS, foresight, main
 from lightning_modules import SynthesisLitModule
 from methods import Base, DiffAug
 from networks.pretrained import load_pretrained, save_pretrained
@@ -42,7 +42,7 @@ def test_the_whole_schedule_foretells_all(base, weights):
     by_kind = {(row["kind"], row["signal"], row["calls"]): row["spearman"] for row in rows}
     assert by_kind["estimate", None, 2] > 0.97  # only rounding to 8 bits lies between
     assert [key for key in by_kind if key[0] == "estimate"] == [("estimate", None, 1), ("estimate", None, 2)]
-    assert len([key for key in by_kind if key[0] == "glance"]) == 7 * 3
+    assert len([key for key in by_kind if key[0] == "glance"]) == len(SIGNALS) * len(GLANCES)
     assert ("scorer", None, 0) in by_kind
     assert all(-1 <= value <= 1 for value in by_kind.values())
     assert by_kind["scorer", None, 0] < 0.9  # it has learnt nothing
@@ -62,7 +62,7 @@ def test_command(base, weights, tmp_path, capsys):
     main([f"--{key}={value}" for key, value in arguments.items()])
     figures = json.loads(output.read_text())
     assert (figures["n"], figures["steps"]) == (12, 2)
-    assert len(figures["rows"]) == 2 + 21 + 1
+    assert len(figures["rows"]) == 2 + len(SIGNALS) * len(GLANCES) + 1
     assert "estimate, calls 2: ρ = " in capsys.readouterr().out
 
 

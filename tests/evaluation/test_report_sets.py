@@ -125,7 +125,9 @@ def test_what_is_far_off_does_not_squeeze_the_others(run):
     assert max(ticks) < 8
     for seed in SEEDS:
         describe(run, "miner", seed, adversariality=0.6, fid=44.0)
-    assert "miner" in words(nativeness_figure(Run.read(run)))  # 2.4 times as hard as the hardest of the yardstick
+    assert "miner" in words(
+        nativeness_figure(Run.read(run))
+    )  # 2.4 times as hard as the hardest of the yardstick
 
 
 def test_fid_is_drawn_of_sets_of_one_size_only(run):

@@ -7,6 +7,7 @@ from callbacks import ExportWeights, SynthesisCallback
 from conftest import make_segmenter, make_trainer
 from datamodules import ConditionDataModule, GlanceDataModule, ScoredDataModule
 from datamodules.sources.synthetic import SyntheticSet
+from diffusion.sampler import Sampler
 from errors import InputError
 from lightning_modules import ScorerLitModule, SynthesisLitModule
 from methods import Base
@@ -83,14 +84,15 @@ def test_learns_from_glances_what_the_noise_decides(weights, source, tmp_path):
 
 def test_a_glance_is_that_of_the_noise_that_is_read(weights, source):
     settings = {"scorer": Scorer(inputs="noise", width=8, members=1), "glance": 2, "flip": False}
-    module = scoring(weights, **settings)
+    module = scoring(weights, signal=0.1, **settings)
+    sampler = Sampler(module.backbone, signal=0.1)
     data = GlanceDataModule(source, n_val=8)
     data.setup("fit")
     batch = data.preview(3)
     x_T, target, image = module._glanced(batch, 5)
     request = module.request(batch, 5)
     assert torch.equal(x_T, request.noise.draw(PROBE))
-    expected = module.backbone.decode(module.sampler.glance(x_T, request.condition, 2)).clamp(-1, 1)
+    expected = module.backbone.decode(sampler.glance(x_T, request.condition, 2)).clamp(-1, 1)
     assert torch.equal(image, expected)
     assert torch.allclose(target, (ce(module.anchor(expected), batch["mask"]) + 1e-3).log(), rtol=1e-5)
 
@@ -103,6 +105,8 @@ def test_targets_and_data_must_agree(weights, source, plain, tmp_path):
         make_trainer(tmp_path, max_steps=1).fit(scoring(weights), glanced)
     with pytest.raises(InputError, match=r"model\.glance -1"):
         scoring(weights, glance=-1)
+    with pytest.raises(InputError, match=r"model\.signal 1"):
+        scoring(weights, glance=1, signal=1)
     with pytest.raises(InputError, match="n_val 7"):
         GlanceDataModule(source, n_val=7)
 
