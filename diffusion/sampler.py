@@ -72,7 +72,7 @@ class Sampler:
             x: latents at the first t of ``pairs``.
             condition: of the masks.
             pairs: (t, t_prev), a slice of ``self.pairs``.
-            epsilon: takes the place of :meth:`epsilon`, for guidance; same arguments.
+            epsilon: takes the place of :meth:`epsilon`; same arguments.
 
         Returns:
             x at the last t_prev, and x̂_0 of the last call before any clipping.
@@ -81,9 +81,12 @@ class Sampler:
         for t, t_prev in pairs:
             eps = (epsilon or self.epsilon)(x, t, condition)
             x_0 = predict_x0(x, eps, self.backbone.alpha_bar(t))
-            used = x_0.clamp(-1, 1) if self.backbone.clip_sample else x_0
-            x = add_noise(used, eps, self.backbone.alpha_bar(t_prev))
+            x = add_noise(self.clip(x_0), eps, self.backbone.alpha_bar(t_prev))
         return x, x_0
+
+    def clip(self, x_0: Tensor) -> Tensor:
+        """Return x̂_0 as a step of the sampler takes it: in [−1, 1] if the backbone's sampler clips."""
+        return x_0.clamp(-1, 1) if self.backbone.clip_sample else x_0
 
     def initial_score(self, x_T: Tensor, condition: Any) -> Tensor:
         """Return S = −ε_φ(x_T, T | y) / √(1 − ᾱ_T), like ``x_T``, at the schedule's first timestep.

@@ -77,8 +77,7 @@ class AdvDiffuser(Method):
         for i, (t, t_prev) in enumerate(sampler.pairs):
             alpha_bar, previous = backbone.alpha_bar(t), backbone.alpha_bar(t_prev)
             epsilon = sampler.epsilon(x, t, request.condition)
-            x_0 = predict_x0(x, epsilon, alpha_bar)
-            x_0 = x_0.clamp(-1, 1) if backbone.clip_sample else x_0
+            x_0 = sampler.clip(predict_x0(x, epsilon, alpha_bar))
             noise = request.noise.draw(OWN + i) if self.eta else torch.zeros_like(x)
             x = ancestral_step(x_0, epsilon, noise, alpha_bar, previous, self.eta)
             x = self._attack(x, self.sigma * float(1 - alpha_bar / previous), request)

@@ -12,7 +12,7 @@ from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from errors import InputError
-from methods import Base, Request, advdiffuser
+from methods import Base, Request, advdiffuser, guidance
 from methods.advdiffuser import AdvDiffuser, ancestral_step, grad_cam
 from methods.diff_pgd import DiffPGD, image_delta
 from methods.guidance import AdversarialGuidance, guided_epsilon
@@ -242,10 +242,12 @@ def test_guidance_is_the_score_plus_the_gradient():
     request, scale = make_request(), 40.0
     x = request.noise.draw(PROBE)
     for t, alpha_bar, previous in tables(request):
+        # The score at a model whose x̂_0 is clipped, as the sampler of the backbone takes it.
+        x_0 = estimate_of(request, x, t).clamp(-1, 1)
         score = -epsilon_of(request, x, t) / math.sqrt(1 - alpha_bar)
-        score = score + scale * slope(lambda z, t=t: cross_entropy(request, estimate_of(request, z, t)), x)
-        epsilon = -math.sqrt(1 - alpha_bar) * score
-        x_0 = ((x - math.sqrt(1 - alpha_bar) * epsilon) / math.sqrt(alpha_bar)).clamp(-1, 1)
+        shift = scale * slope(lambda z, t=t: cross_entropy(request, estimate_of(request, z, t)), x)
+        x_0 = x_0 + (1 - alpha_bar) / math.sqrt(alpha_bar) * shift
+        epsilon = -math.sqrt(1 - alpha_bar) * (score + shift)
         x = math.sqrt(previous) * x_0 + math.sqrt(1 - previous) * epsilon
     image, notes = AdversarialGuidance(scale).synthesize(request)
     assert torch.allclose(image, x.clamp(-1, 1), atol=1e-4)
@@ -268,6 +270,22 @@ def test_no_guidance_is_base(backbone):
     image, _ = AdversarialGuidance(scale=0.0).synthesize(request)
     assert request.sampler.calls - calls == 4 * 3  # the call of the gradient is that of the step
     assert torch.equal(image, base_of(request))
+
+
+def test_guidance_goes_up_where_the_sampler_clips(monkeypatch):
+    """In one step, every pixel moves with its gradient, also where the model's x̂_0 lies beyond [−1, 1]."""
+    request = make_request(range(8), backbone="segdiff")
+    slopes = torch.randn(8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)).sign()
+    monkeypatch.setattr(guidance, "gradient_of", lambda reward, x: (reward(x), slopes))
+    request.sampler.pairs = request.sampler.pairs[1:2]
+    moved = {scale: AdversarialGuidance(scale).synthesize(request)[0] for scale in (0.0, 1e-3)}
+    x = request.noise.draw(PROBE)
+    clipped = estimate_of(request, x, request.sampler.pairs[0][0]).abs() > 1
+    assert 0.2 < clipped.float().mean() < 0.99
+    change = moved[1e-3] - moved[0.0]
+    inside = (moved[0.0].abs() < 0.99) & (moved[1e-3].abs() < 0.99)
+    assert (inside & clipped).sum() > 100
+    assert (change * slopes)[inside].min() > 0
 
 
 def test_guidance_grows_with_its_scale_and_turns_with_its_sign():
