@@ -1,7 +1,8 @@
 """One table of several experiments: a line per backbone and arm, a column per data set and test set.
 
 ``python -m evaluation.table runs/a runs/b … [--test-set NAME …]``; with ``--sets`` one of each experiment and
-test set: a line per arm, its scores beside what describes its synthetic sets.
+test set: a line per arm, its scores beside what describes its synthetic sets; with ``--classes dsc asd`` one
+of each test set and measure: a line per segmenter and arm, a column per class.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 from errors import InputError
 from evaluation.report.collect import NO_BACKBONE, REAL, Row, arm_name
 from evaluation.report.statistics import paired_differences, spread, summarise
-from evaluation.report.tables import Table, as_markdown, interval, mean_sd, number
+from evaluation.report.tables import Table, as_markdown, class_table, interval, mean_sd, number
 
 SET_COLUMNS = {
     "adversariality": ("adversariality", 3, 1),
@@ -135,11 +136,39 @@ def arms_table(
     return Table(heads, [cells for *_, cells in lines], [method for _, method, _ in lines], left=1)
 
 
+def class_tables(rows: Sequence[Row], test_set: str, measures: Sequence[str]) -> dict[tuple[str, str], Table]:
+    """Return the table by class of each data set and measure, on one test set.
+
+    Raises:
+        InputError: a measure is unknown, or the reports are older than scores by class.
+    """
+    tables = {}
+    for dataset in dict.fromkeys(row.dataset for row in rows if row.test_set == test_set):
+        shown = [row for row in rows if (row.dataset, row.test_set) == (dataset, test_set)]
+        known = dict.fromkeys(
+            key for row in shown for key in row.scores if "/" not in key and key != "n_cases"
+        )
+        if not known:
+            raise InputError(f"{dataset}, {test_set}: no scores by class; make its report.json anew")
+        for measure in measures:
+            if measure not in known:
+                raise InputError(f"measure {measure}: is unknown; choose from {', '.join(known)}")
+            tables[dataset, measure] = class_table(shown, measure)
+    return tables
+
+
 def _known(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str]) -> None:
     """Raise unless these test sets are in some experiment."""
     known = dict.fromkeys(row.test_set for rows in experiments for row in rows)
     if unknown := [name for name in test_sets if name not in known]:
         raise InputError(f"test set {unknown[0]}: is unknown; choose from {', '.join(known)}")
+
+
+def _shown(rows: Sequence[Row], test_sets: Sequence[str]) -> list[str]:
+    """Return the test sets of these rows, of those that are asked for."""
+    return [
+        name for name in dict.fromkeys(row.test_set for row in rows) if not test_sets or name in test_sets
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,19 +177,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="runs/<experiment>, or a report.json")
     parser.add_argument("--test-set", action="append", default=[], help="show this one; may be repeated")
     parser.add_argument("--sets", action="store_true", help="a table of each experiment and test set")
+    parser.add_argument("--classes", nargs="+", metavar="MEASURE", help="a table of each measure, by class")
     parser.add_argument("--best-first", action="store_true", help="with --sets: sort by DSC")
     options = parser.parse_args(arguments)
     reports = [read_report(run) for run in options.runs]
-    if options.sets:
-        _known([rows for rows, _ in reports], options.test_set)
+    _known([rows for rows, _ in reports], options.test_set)
+    if options.classes:
+        rows = [row for found, _ in reports for row in found]
+        for name in _shown(rows, options.test_set):
+            for (dataset, measure), table in class_tables(rows, name, options.classes).items():
+                print(f"{dataset}, {name}: {measure}\n\n{as_markdown(table)}", end="\n\n")
+    elif options.sets:
         for rows, sets in reports:
-            for name in dict.fromkeys(row.test_set for row in rows):
-                if not options.test_set or name in options.test_set:
-                    print(as_markdown(arms_table(rows, sets, name, options.best_first)), end="\n\n")
+            for name in _shown(rows, options.test_set):
+                print(as_markdown(arms_table(rows, sets, name, options.best_first)), end="\n\n")
     else:
         print(as_markdown(grand_table([rows for rows, _ in reports], options.test_set)), end="\n\n")
-    print("DSC in percent, mean ± standard deviation over seeds; changes are paired by seed", end="")
-    print("." if options.sets else ", those to real in brackets.")
+    if options.classes:
+        print(
+            "Mean ± standard deviation over seeds. DSC and NSD in percent; for the unit of distances see the"
+        )
+        print("protocol in report.json.")
+    else:
+        print("DSC in percent, mean ± standard deviation over seeds; changes are paired by seed", end="")
+        print("." if options.sets else ", those to real in brackets.")
 
 
 if __name__ == "__main__":

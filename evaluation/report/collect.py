@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,7 +93,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one arm on one test set; ``dsc`` in percent, None where undefined."""
+    """Scores of one arm on one test set; ``dsc`` in percent, None where undefined.
+
+    Attributes:
+        scores: all of them by the names of ``test.json``: other measures, and those of single classes
+            (``dsc/liver``); {} in reports that were written without them.
+    """
 
     dataset: str
     test_set: str
@@ -106,6 +111,12 @@ class Row:
     asd: float | None
     n_real: int
     n_synthetic: int
+    scores: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the foreground classes."""
+        return [key.removeprefix("dsc/") for key in self.scores if key.startswith("dsc/")]
 
 
 @dataclass(frozen=True)
@@ -224,8 +235,7 @@ class Run:
     @property
     def classes(self) -> list[str]:
         """Names of the foreground classes."""
-        keys = (key for _, test in self.tests for scores in test["test_sets"].values() for key in scores)
-        return list(dict.fromkeys(k.removeprefix("dsc/") for k in keys if k.startswith("dsc/")))
+        return list(dict.fromkeys(name for row in self.rows for name in row.classes))
 
     @property
     def rows(self) -> list[Row]:
@@ -244,6 +254,7 @@ class Run:
                 asd=finite(test["test_sets"][name].get("asd")),
                 n_real=test["n_real"],
                 n_synthetic=test["n_synthetic"],
+                scores=finite(test["test_sets"][name]),
             )
             for name in test_sets
             for arm, test in self.tests

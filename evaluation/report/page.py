@@ -7,6 +7,7 @@ import platform
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def write(run: Run, figures: Path | None = None) -> Path:
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES},
         },
+        "protocol": run.protocol,
         "rows": [asdict(row) for row in run.rows],
         "synthetic_sets": [_described(run, *key) for key in run.sets],
     }
@@ -112,8 +114,8 @@ def _render(run: Run, report: dict[str, Any], grid: Grid | None, drawn: dict[str
         headline=headline_table(run),
         differences=difference_table(run),
         classes={
-            test_set: [(metric, class_table(run, test_set, metric)) for metric in ("dsc", "asd")]
-            for test_set in dict.fromkeys(row.test_set for row in run.rows)
+            test_set: [(metric, class_table(list(rows), metric)) for metric in ("dsc", "asd")]
+            for test_set, rows in groupby(run.rows, key=lambda row: row.test_set)
         },
         synthetic=synthetic_table(run),
         sizes={one["n"] for one in run.sets.values()},

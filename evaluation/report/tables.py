@@ -1,9 +1,10 @@
 """The tables of the report, and their form in the terminal; the page has its own in ``report.html.j2``."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.report.collect import REAL, Run, arm_name
+from evaluation.report.collect import REAL, Row, Run, arm_name
 from evaluation.report.inputs import finite
 from evaluation.report.statistics import (
     REFERENCES,
@@ -146,21 +147,33 @@ def difference_table(run: Run) -> Table:
     )
 
 
-def class_table(run: Run, test_set: str, metric: str) -> Table:
-    """Return mean ± standard deviation over seeds of every class, arm by arm, on one test set."""
-    scores: dict[tuple[str, float], list[dict[str, float]]] = {}
-    for arm, test in run.tests:
-        scores.setdefault((arm.method, arm.budget), []).append(test["test_sets"].get(test_set, {}))
+def class_table(rows: Sequence[Row], metric: str) -> Table:
+    """Return mean ± standard deviation over seeds of every class, and of their mean, arm by arm.
+
+    Args:
+        rows: of one test set; a column names the segmenter where there are several.
+        metric: what was measured, as ``dsc``.
+    """
+    arms: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        arms.setdefault((row.segmenter, row.method, row.budget), []).append(row)
+    classes = list(dict.fromkeys(name for row in rows for name in row.classes))
+    several = len({segmenter for segmenter, *_ in arms}) > 1
     return Table(
-        ("Arm", *run.classes),
+        (*(["Segmenter"] if several else []), "Arm", "mean", *classes),
         [
             (
-                arm_name(*arm),
-                *(mean_sd(spread(s.get(f"{metric}/{name}") for s in seeds)) for name in run.classes),
+                *([segmenter] if several else []),
+                arm_name(method, budget),
+                *(
+                    mean_sd(spread(row.scores.get(key) for row in found))
+                    for key in (metric, *(f"{metric}/{name}" for name in classes))
+                ),
             )
-            for arm, seeds in scores.items()
+            for (segmenter, method, budget), found in arms.items()
         ],
-        [method for method, _ in scores],
+        [method for _, method, _ in arms],
+        left=1 + several,
     )
 
 

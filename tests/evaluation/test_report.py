@@ -168,7 +168,10 @@ def test_rows_are_one_per_test_set_arm_and_seed(run):
         "asd": 2.0,
         "n_real": 1200,
         "n_synthetic": 0,
+        "scores": json.loads((run / "seed0/real/test.json").read_text())["test_sets"]["test"],
     }
+    assert rows[0].scores["dsc/ring"] == 81.0
+    assert rows[0].classes == ["disc", "ring"]
     mined = [r for r in rows if r.method == "miner" and r.test_set == "shift"]
     assert [(r.seed, r.dsc, r.asd, r.budget) for r in mined] == [
         (0, 73.0, None, 1),
@@ -276,7 +279,7 @@ def test_json_has_the_contracts_keys(run, monkeypatch):
     text = (run / "report" / "report.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert list(content) == [
-        *("experiment", "created", "dataset_version", "versions", "rows", "synthetic_sets")
+        *("experiment", "created", "dataset_version", "versions", "protocol", "rows", "synthetic_sets")
     ]
     assert content["dataset_version"] == 7
     assert content["experiment"] == "tiny"

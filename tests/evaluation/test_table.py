@@ -1,11 +1,11 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from errors import InputError
 from evaluation.report.collect import Row
-from evaluation.table import arms_table, grand_table, main
+from evaluation.table import arms_table, class_tables, grand_table, main
 
 
 def row(dsc, method="real", budget=0, seed=0, dataset="acdc", test_set="test"):
@@ -100,6 +100,37 @@ def test_command_for_sets(tmp_path, capsys):
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| miner 3×", "| real"]
     with pytest.raises(InputError, match="test set etis: is unknown"):
         main([str(polyps), "--sets", "--test-set", "etis"])
+
+
+def by_class(dsc, segmenter, seed, asd=None):
+    scores = {"dsc": dsc, "asd": asd, "n_cases": 8, "dsc/ring": dsc + 2, "dsc/core": dsc - 2, "asd/ring": 1.5}
+    return replace(row(dsc, seed=seed), segmenter=segmenter, scores=scores)
+
+
+def test_classes_of_several_segmenters():
+    rows = [by_class(80.0 + seed, name, seed) for name in ("NNUNet", "SwinUnet") for seed in (0, 2)]
+    tables = class_tables([*rows, *POLYPS], "test", ["dsc", "asd"])
+    assert list(tables) == [("acdc", "dsc"), ("acdc", "asd")]
+    assert tables["acdc", "dsc"].columns == ("Segmenter", "Arm", "mean", "ring", "core")
+    assert tables["acdc", "dsc"].cells == [
+        (name, "real", "81.00 ± 1.41", "83.00 ± 1.41", "79.00 ± 1.41") for name in ("NNUNet", "SwinUnet")
+    ]
+    assert tables["acdc", "asd"].cells[0] == ("NNUNet", "real", "–", "1.50 ± 0.00", "–")
+    alone = class_tables(rows[:2], "test", ["dsc"])["acdc", "dsc"]
+    assert alone.columns == ("Arm", "mean", "ring", "core")
+    with pytest.raises(InputError, match=r"measure hd: is unknown; choose from dsc, asd$"):
+        class_tables(rows, "test", ["hd"])
+    with pytest.raises(InputError, match="polyps, a: no scores by class"):
+        class_tables(POLYPS, "a", ["dsc"])
+
+
+def test_command_for_classes(tmp_path, capsys):
+    path = tmp_path / "acdc.json"
+    path.write_text(json.dumps({"rows": [asdict(by_class(80.0, "NNUNet", 0, 2.0))]}))
+    main([str(path), "--classes", "dsc", "asd"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("acdc")] == ["acdc, test: dsc", "acdc, test: asd"]
+    assert "| real | 2.00 ± – | 1.50 ± – | – |" in lines
 
 
 @pytest.mark.parametrize(
