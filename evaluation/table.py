@@ -13,7 +13,7 @@ from typing import Any
 
 from errors import InputError
 from evaluation.report.collect import NO_BACKBONE, REAL, Row, arm_name
-from evaluation.report.statistics import paired_differences, spread, summarise
+from evaluation.report.statistics import paired_differences, spearman, spread, summarise
 from evaluation.report.tables import Table, as_markdown, class_table, interval, mean_sd, number
 
 SET_COLUMNS = {
@@ -26,6 +26,9 @@ SET_COLUMNS = {
     "calls_per_image": ("calls", 0, 1),
 }
 """Columns of :func:`arms_table` about the synthetic sets: head, decimals, factor; without those unknown."""
+
+FAITHFUL = 95.0
+"""Mask fidelity from which on the masks of a set are taken for labels of its images."""
 
 
 def read_report(run: Path) -> tuple[list[Row], list[dict[str, Any]]]:
@@ -136,6 +139,40 @@ def arms_table(
     return Table(heads, [cells for *_, cells in lines], [method for _, method, _ in lines], left=1)
 
 
+def hardness(rows: Sequence[Row], sets: Sequence[dict[str, Any]], test_set: str) -> list[str]:
+    """Return whether harder sets were better ones: for each budget, ρ of DSC and adversariality over methods.
+
+    Over all methods, and over those whose images still show their masks (:data:`FAITHFUL`); the mean over
+    seeds is a method's value. A budget with fewer than three methods has no line.
+    """
+    notes = []
+    shown = [row for row in rows if row.test_set == test_set]
+    arms = summarise(shown)
+    for budget in sorted({arm.budget for arm in arms if arm.budget}):
+        found = [
+            (
+                spread(one.get("adversariality") for one in sets if one["method"] == arm.method).mean,
+                arm.dsc.mean,
+                spread(one.get("mask_fidelity") for one in sets if one["method"] == arm.method).mean,
+            )
+            for arm in arms
+            if arm.budget == budget
+        ]
+        whole = spearman((hard, dsc) for hard, dsc, _ in found)
+        faithful = spearman((hard, dsc) for hard, dsc, fidelity in found if fidelity >= FAITHFUL)
+        parts = [
+            f"{number(rho, signed=True)} over {name}"
+            for (rho, n), name in (
+                (whole, f"all {whole.n} sets"),
+                (faithful, f"the {faithful.n} with a mask fidelity of {FAITHFUL:g} or more"),
+            )
+            if n >= 3
+        ]
+        if parts:
+            notes.append(f"Spearman's ρ of DSC and adversariality, {budget:g}×: {', '.join(parts)}.")
+    return notes
+
+
 def class_tables(rows: Sequence[Row], test_set: str, measures: Sequence[str]) -> dict[tuple[str, str], Table]:
     """Return the table by class of each data set and measure, on one test set.
 
@@ -191,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rows, sets in reports:
             for name in _shown(rows, options.test_set):
                 print(as_markdown(arms_table(rows, sets, name, options.best_first)), end="\n\n")
+                print(*(f"{note}\n\n" for note in hardness(rows, sets, name)), sep="", end="")
     else:
         print(as_markdown(grand_table([rows for rows, _ in reports], options.test_set)), end="\n\n")
     if options.classes:

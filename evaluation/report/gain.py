@@ -3,14 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from evaluation.report.collect import REAL, Run
 from evaluation.report.labels import CROWD, label_points
-from evaluation.report.statistics import Spread, paired_differences, spread
+from evaluation.report.statistics import Correlation, Spread, paired_differences, spearman, spread
 from evaluation.report.style import SOFT, colour, marker, new_figure, styled, to_svg
 from evaluation.report.tables import Table, mean_sd
 
@@ -37,13 +35,6 @@ class Gain:
     whole: Spread
     last: Spread
     retrained: dict[str, Spread]
-
-
-class Correlation(NamedTuple):
-    """Spearman's ρ over ``n`` methods, NaN where undefined."""
-
-    rho: float
-    n: int
 
 
 def gains(run: Run) -> list[Gain]:
@@ -76,10 +67,7 @@ def gains(run: Run) -> list[Gain]:
 def correlation(found: Sequence[Gain], test_set: str) -> Correlation:
     """Return Spearman's ρ between first-order gain and ΔDSC on a test set, over at least three methods."""
     pairs = [(g.whole.mean, g.retrained[test_set].mean) for g in found if test_set in g.retrained]
-    x, y = np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2).T
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Correlation(math.nan, len(x))
-    return Correlation(float(stats.spearmanr(x, y).statistic), len(x))
+    return spearman(pairs)
 
 
 def gain_table(run: Run) -> Table | None:

@@ -29,6 +29,13 @@ class Spread(NamedTuple):
     high: float
 
 
+class Correlation(NamedTuple):
+    """Spearman's ρ over ``n`` methods, NaN where undefined."""
+
+    rho: float
+    n: int
+
+
 @dataclass(frozen=True)
 class Summary:
     """Scores of one arm on one test set, or their paired difference to a reference, over seeds."""
@@ -53,6 +60,14 @@ def spread(values: Iterable[float | None]) -> Spread:
     sd = float(x.std(ddof=1)) if n > 1 else math.nan
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * sd / math.sqrt(n) if n >= MIN_SEEDS else math.nan
     return Spread(n, mean, sd, mean - half, mean + half)
+
+
+def spearman(pairs: Iterable[tuple[float, float]]) -> Correlation:
+    """Return Spearman's ρ over the pairs that are defined, at least three."""
+    x, y = np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2).T
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Correlation(math.nan, len(x))
+    return Correlation(float(stats.spearmanr(x, y).statistic), len(x))
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:

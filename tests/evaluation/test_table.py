@@ -5,7 +5,7 @@ import pytest
 
 from errors import InputError
 from evaluation.report.collect import Row
-from evaluation.table import arms_table, class_tables, grand_table, main
+from evaluation.table import arms_table, class_tables, grand_table, hardness, main
 
 
 def row(dsc, method="real", budget=0, seed=0, dataset="acdc", test_set="test"):
@@ -87,6 +87,26 @@ def test_arms_beside_their_sets():
     )
     with pytest.raises(InputError, match="test set etis: is unknown; choose from test"):
         arms_table(ACDC, SETS, "etis")
+
+
+def test_harder_is_better_where_masks_are_kept():
+    """Hard sets that miss their masks turn the order round."""
+    facts = {
+        "a": (0.1, 98.0, 80.0),
+        "b": (0.2, 97.0, 82.0),
+        "c": (0.3, 95.0, 83.0),
+        "wrong": (0.9, 30.0, 60.0),
+    }
+    rows = [row(dsc, name, 3, seed) for name, (*_, dsc) in facts.items() for seed in (0, 1)]
+    sets = [{"method": m, "adversariality": a, "mask_fidelity": f} for m, (a, f, _) in facts.items()]
+    note = "Spearman's ρ of DSC and adversariality, 3×: "
+    faithful = "+1.00 over the 3 with a mask fidelity of 95 or more."
+    assert hardness(rows, sets, "test") == [f"{note}−0.20 over all 4 sets, {faithful}"]
+    assert hardness([*rows, *ACDC], sets, "test") == hardness(rows, sets, "test")
+    assert hardness(rows, [one for one in sets if one["method"] != "b"], "test") == [
+        f"{note}−0.50 over all 3 sets."
+    ]
+    assert hardness(rows, [], "test") == []
 
 
 def test_command_for_sets(tmp_path, capsys):
