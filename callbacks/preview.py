@@ -29,6 +29,8 @@ def picture_grid(columns: dict[str, Tensor]) -> Tensor:
 class PreviewGrid(Callback):
     """Log ``module.preview(batch)`` beside the masks, with the columns' names as the picture's tag.
 
+    A column is images ``(B, C, H, W)`` in [−1, 1] or class maps ``(B, H, W)``.
+
     Args:
         every_n_steps: optimiser steps between pictures; one more is drawn when training ends.
         count: samples in the picture.
@@ -55,7 +57,8 @@ class PreviewGrid(Callback):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = datamodule.preview(self.count)
-        columns = {"mask": colour_mask(batch["mask"], datamodule.source.num_classes)} | pl_module.preview(
-            batch
-        )
+        columns = {
+            name: colour_mask(value, datamodule.source.num_classes) if value.ndim == 3 else value
+            for name, value in {"mask": batch["mask"], **pl_module.preview(batch)}.items()
+        }
         logger.experiment.add_image("/".join(columns), picture_grid(columns), trainer.global_step)

@@ -205,5 +205,6 @@ class SegDataModule(L.LightningDataModule):
         return self.tests[split].dataset[index]["id"]
 
     def preview(self, count: int) -> dict[str, Tensor]:
-        """Return the first ``count`` validation samples as one batch: ``image``, ``mask`` and ``index``."""
-        return default_collate([self.val[i] for i in range(min(count, len(self.val)))])
+        """Return ``count`` validation samples, spread evenly, as a batch: ``image``, ``mask``, ``index``."""
+        n = min(count, len(self.val))
+        return default_collate([self.val[i * len(self.val) // n] for i in range(n)])

@@ -234,6 +234,15 @@ class SegLitModule(L.LightningModule):
                 self.log(f"val/{key}", value, prog_bar=key == "dsc", sync_dist=True)
         self.val_score.reset()
 
+    @torch.no_grad()
+    def preview(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return columns of a picture grid: the image, and the classes predicted for it ``(B, H, W)``."""
+        was_training = self.segmenter.training
+        self.segmenter.eval()
+        predicted = self.predict_logits(batch["image"].to(self.device)).argmax(1)
+        self.segmenter.train(was_training)
+        return {"image": batch["image"], "predicted": predicted}
+
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of one test set."""
         self._score(self.test_scores[dataloader_idx], batch)  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""Pictures in TensorBoard."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks import PreviewGrid
+from callbacks.preview import colour_mask, picture_grid
+from conftest import make_segmenter, make_trainer
+from datamodules import SegDataModule
+from datamodules.sources import PhantomSource
+from lightning_modules import SegLitModule
+
+SIZE = 32
+
+
+def fit(folder, callbacks):
+    """Train for three steps and return the module and its data."""
+    data = SegDataModule(
+        PhantomSource("polyp", SIZE, n_train=4, n_val=9, n_test=1), batch_size=2, steps_per_epoch=3
+    )
+    module = SegLitModule(make_segmenter())
+    logger = TensorBoardLogger(folder, name="tensorboard", version="")
+    make_trainer(folder, callbacks=callbacks, logger=logger, max_steps=3).fit(module, data)
+    return module, data
+
+
+def test_a_segmenter_shows_what_it_predicts(tmp_path):
+    module, data = fit(tmp_path, [PreviewGrid(every_n_steps=2, count=3)])
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0})
+    events.Reload()
+    pictures = events.Images("mask/image/predicted")
+    assert [picture.step for picture in pictures] == [2, 3]
+    levels = np.asarray(Image.open(io.BytesIO(pictures[-1].encoded_image_string)))
+    rows = [levels[2 + i * (SIZE + 2) :][:SIZE] for i in range(3)]
+    cells = [[row[:, 2 + j * (SIZE + 2) :][:, :SIZE] for j in range(3)] for row in rows]
+    for (mask, image, predicted), index in zip(cells, (0, 3, 6), strict=True):
+        sample = data.val[index]
+        assert np.array_equal(mask[..., 0], sample["mask"].numpy() * 255)
+        assert np.abs(image - (sample["image"].permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 1
+        with torch.no_grad():
+            classes = module.segmenter.eval()(sample["image"][None]).argmax(1)[0]
+        assert np.array_equal(predicted[..., 0], classes.numpy() * 255)
+
+
+def test_pictures_change_nothing(tmp_path):
+    """The same weights with and without; the network trains on in the mode it was in."""
+    plain, _ = fit(tmp_path / "plain", [])
+    shown, data = fit(tmp_path / "shown", [PreviewGrid(every_n_steps=1, count=3)])
+    for one, other in zip(plain.segmenter.parameters(), shown.segmenter.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for training in (True, False):
+        shown.segmenter.train(training)
+        shown.preview(data.preview(2))
+        assert shown.segmenter.training is training
+
+
+def test_pictures_of_few_samples():
+    data = SegDataModule(PhantomSource("polyp", SIZE, n_train=2, n_val=2, n_test=1))
+    data.setup("fit")
+    assert data.preview(6)["index"].tolist() == [0, 1]
+
+
+def test_class_maps_are_grey_levels():
+    mask = torch.tensor([[[0, 1], [2, 4]]])
+    assert colour_mask(mask, 5).flatten().tolist() == pytest.approx([-1, -0.5, 0, 1])
+    grid = picture_grid({"mask": colour_mask(mask, 5)})
+    assert grid.shape == (3, 2, 2)
+    assert grid[0].flatten().tolist() == pytest.approx([0, 0.25, 0.5, 1])
