@@ -29,10 +29,12 @@ class CLI(LightningCLI):
             self.model.check_data(self.datamodule.source)
 
     def before_predict(self) -> None:
-        """Check the data, and that no folder stands where the synthetic set goes."""
+        """Check the data, that there are weights, and that no other folder stands where predictions go."""
         self.check_data()
+        if hasattr(self.model, "check_trained"):
+            self.model.check_trained(self.config.predict.ckpt_path)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, callbacks.SynthesisCallback):
+            if isinstance(callback, callbacks.FolderWriter):
                 callback.check_folder(self.trainer)
 
     def before_fit(self) -> None:

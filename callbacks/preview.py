@@ -9,10 +9,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from evaluation.colours import palette
+
 
 def colour_mask(mask: Tensor, num_classes: int) -> Tensor:
-    """Return class maps ``(B, H, W)`` as grey levels ``(B, 1, H, W)`` in [−1, 1], background black."""
-    return mask.unsqueeze(1).float() * (2 / max(num_classes - 1, 1)) - 1
+    """Return class maps ``(B, H, W)`` as images in [−1, 1] ``(B, 3, H, W)``, a colour a class."""
+    colours = torch.from_numpy(palette(num_classes)).float() / 127.5 - 1
+    return colours[mask.cpu()].permute(0, 3, 1, 2)
 
 
 def picture_grid(columns: dict[str, Tensor]) -> Tensor:

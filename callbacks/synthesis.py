@@ -1,26 +1,14 @@
 """Write a synthetic set: images, masks, a manifest, and how it was made."""
 
 import json
-import os
-import shutil
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 
-from callbacks.paths import in_run
-from errors import InputError
-
-
-def _save_png(array: np.ndarray, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    Image.fromarray(array).save(partial, format="PNG")
-    os.replace(partial, path)
+from callbacks.folder import FolderWriter, save_png
 
 
 def _defined(value: Any) -> Any:
@@ -28,7 +16,7 @@ def _defined(value: Any) -> Any:
     return None if value != value else value
 
 
-class SynthesisCallback(BasePredictionWriter):
+class SynthesisCallback(FolderWriter):
     """Write what ``SynthesisLitModule`` or ``MinerLitModule`` predicts to a folder.
 
     The folder holds ``images/<index>.png`` (8 bit), ``masks/<index>.png`` (class maps),
@@ -47,30 +35,22 @@ class SynthesisCallback(BasePredictionWriter):
         InputError: ``folder`` exists and is no synthetic set.
     """
 
-    def __init__(self, folder: str = "synthetic", noise: int = 0) -> None:
-        super().__init__(write_interval="batch")
-        self.noise = noise
-        self.argument = folder
+    title = "synthetic set"
+    marker = "dataset.json"
 
-    def check_folder(self, trainer: L.Trainer) -> Path:
-        """Return where the set goes; refuse a folder that holds something else."""
-        folder = in_run(trainer, self.argument)
-        if folder.exists() and not (folder / "dataset.json").is_file():
-            raise InputError(f"{folder}: exists and is no synthetic set; move it away or name another folder")
-        return folder
+    def __init__(self, folder: str = "synthetic", noise: int = 0) -> None:
+        super().__init__(folder)
+        self.noise = noise
+
+    def parts(self, trainer: L.Trainer) -> list[str]:
+        """See :meth:`FolderWriter.parts`."""
+        return ["images", "masks", *(["noise"] if self.noise else [])]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Prepare an empty folder beside the one that the set goes to."""
-        if stage != "predict":
-            return
-        self.fingerprints = pl_module.fingerprints()
-        self.folder = self.check_folder(trainer)
-        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
-        if trainer.is_global_zero:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            for name in ("images", "masks", *(["noise"] if self.noise else [])):
-                (self.partial / name).mkdir(parents=True)
-        trainer.strategy.barrier()
+        """See :meth:`FolderWriter.setup`."""
+        if stage == "predict":
+            self.fingerprints = pl_module.fingerprints()
+        super().setup(trainer, pl_module, stage)
 
     def write_on_batch_end(
         self,
@@ -92,8 +72,8 @@ class SynthesisCallback(BasePredictionWriter):
         for i, index in enumerate(prediction["index"].tolist()):
             files = {kind: f"{kind}s/{index:06d}.png" for kind in ("image", "mask")}
             image = images[i, 0] if images.shape[1] == 1 else images[i].transpose(1, 2, 0)
-            _save_png(image, self.partial / files["image"])
-            _save_png(masks[i], self.partial / files["mask"])
+            save_png(image, self.partial / files["image"])
+            save_png(masks[i], self.partial / files["mask"])
             if noise is not None and noise[i].nbytes <= 1024 * self.noise and np.isfinite(noise[i]).all():
                 np.save(self.partial / "noise" / f"{index:06d}.npy", noise[i])
             entry = {
@@ -144,9 +124,7 @@ class SynthesisCallback(BasePredictionWriter):
         }
         (self.partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
         self._log(trainer, ordered)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self.partial, self.folder)
+        self.publish()
 
     def _log(self, trainer: L.Trainer, entries: list[dict[str, Any]]) -> None:
         """Show how hard the samples are, and how far from the prior, in TensorBoard."""

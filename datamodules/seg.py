@@ -1,4 +1,4 @@
-"""Labelled images for training a segmenter or a backbone, and the test sets."""
+"""Labelled images for training a segmenter or a backbone, the test sets, and images to be segmented."""
 
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default
 from datamodules.augment import Augmentation, SegLevel
 from datamodules.nnunet_augment import NNUNetAugmentation
 from datamodules.sources import Source, Volume
+from datamodules.sources.folder import expand
+from datamodules.sources.image_folder import ImageFolder
 from datamodules.sources.synthetic import SyntheticSet
 from datamodules.streams import StreamDataset, Transform, stream_sampler
 from errors import InputError
@@ -33,6 +35,15 @@ class _Numbered(Dataset[dict[str, Any]]):
         sample = self.dataset[index]
         return {"image": sample["image"], "mask": sample["mask"], "index": index}
 
+    def name(self, index: int) -> str:
+        """Return the name of a sample, as its source gives it."""
+        return self.dataset[index]["id"]
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Return height and width of a sample."""
+        height, width = self.dataset[index]["mask"].shape
+        return height, width
+
 
 class SegDataModule(L.LightningDataModule):
     """U_train, or U_train ∪ U_syn as two streams.
@@ -56,6 +67,7 @@ class SegDataModule(L.LightningDataModule):
         normalisation: how these patches are normalised, an entry a channel as the network has it; None is
             the z-score of each channel.
         oversample_foreground: share of these patches that are cut out around foreground.
+        images: folder of images without masks, for ``predict``; None predicts the test sets.
         seed: seed of the order and the augmentation.
         num_workers: loader processes a stream.
 
@@ -76,6 +88,7 @@ class SegDataModule(L.LightningDataModule):
         patch_size: tuple[int, int] | None = None,
         normalisation: list[dict[str, Any]] | None = None,
         oversample_foreground: float = 0.33,
+        images: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -112,6 +125,7 @@ class SegDataModule(L.LightningDataModule):
         else:
             self.augmentation = Augmentation(augmentation)
         self.normalisation = normalisation
+        self.images = images
         self.seed = seed
         self.num_workers = num_workers
         self.n_real = 0
@@ -121,10 +135,14 @@ class SegDataModule(L.LightningDataModule):
         """Read what the stage needs; every problem with the data is raised here."""
         if stage in ("fit", "validate"):
             self.val = _Numbered(self.source.dataset("val"))
-        if stage == "test":
+        if stage == "predict" and self.images is not None:
+            folder = ImageFolder(self.images, self.source.size, self.source.channels)
+            self.predicted: dict[str, ImageFolder | _Numbered] = {expand(self.images).resolve().name: folder}
+        elif stage in ("test", "predict"):
             self.tests = {name: _Numbered(self.source.dataset(name)) for name in self.source.test_splits}
             if not self.tests:
                 raise InputError(f"{self.source.name}: has no test set; name one in the source's split")
+            self.predicted = {**self.tests}
         if stage == "fit":
             self._check_reader()
             real = self.source.dataset("train")
@@ -195,6 +213,10 @@ class SegDataModule(L.LightningDataModule):
         """Return every test set, in the order of ``source.test_splits``."""
         return [self._evaluation_loader(dataset) for dataset in self.tests.values()]
 
+    def predict_dataloader(self) -> list[DataLoader]:
+        """Return what is to be segmented, in the order of ``predicted``."""
+        return [self._evaluation_loader(dataset) for dataset in self.predicted.values()]
+
     def volumes(self, split: str) -> list[Volume | None]:
         """Return where each sample of ``val`` or of a test set lies in a 3-D case, by ``index``."""
         dataset = self.val if split == "val" else self.tests[split]
@@ -202,7 +224,7 @@ class SegDataModule(L.LightningDataModule):
 
     def sample_name(self, split: str, index: int) -> str:
         """Return the name of a sample of a test set, as its source gives it."""
-        return self.tests[split].dataset[index]["id"]
+        return self.tests[split].name(index)
 
     def preview(self, count: int) -> dict[str, Tensor]:
         """Return ``count`` validation samples, spread evenly, as a batch: ``image``, ``mask``, ``index``."""

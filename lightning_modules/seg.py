@@ -1,5 +1,6 @@
 """Train a segmenter on real images, or on real ∪ synthetic; score it on the test sets."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -123,6 +124,7 @@ class SegLitModule(L.LightningModule):
         self.normalised = False
         self.segmenter = segmenter
         self.training_facts: dict[str, Any] = {}
+        self.started = weights is not None
         if weights is not None:
             self.take(weights)
         self.cutmix = cutmix
@@ -150,6 +152,11 @@ class SegLitModule(L.LightningModule):
         """Raise unless the segmenter fits the images."""
         check_image_set(source, self.segmenter, "model.segmenter")
 
+    def check_trained(self, ckpt_path: str | Path | None) -> None:
+        """Raise unless there are weights to predict with, or a checkpoint is to be loaded."""
+        if not (self.started or ckpt_path):
+            raise InputError("model.weights: is not given; name the folder of a trained segmenter")
+
     def setup(self, stage: str) -> None:
         """Check the segmenter against the data and prepare the scores."""
         source: Source = self.trainer.datamodule.source  # type: ignore[attr-defined]
@@ -159,6 +166,8 @@ class SegLitModule(L.LightningModule):
         self.test_names = source.test_splits
         if stage in ("fit", "validate"):
             self.val_score = self._new_score("val")
+        if stage == "predict":
+            self.check_trained(self.trainer.ckpt_path)
         if stage == "test":
             scores = [self._new_score(name) for name in self.test_names]
             self.test_scores = nn.ModuleList(scores)
@@ -246,6 +255,12 @@ class SegLitModule(L.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of one test set."""
         self._score(self.test_scores[dataloader_idx], batch)  # type: ignore[arg-type]
+
+    def predict_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the logits ``(B, K, H, W)`` of a batch of images, and their ``index``."""
+        return {"index": batch["index"], "logits": self.predict_logits(batch["image"])}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser, with polynomial decay over the trainer's number of steps."""

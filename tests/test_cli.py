@@ -193,6 +193,25 @@ def test_predicting_again_gives_the_same_files(runs, tmp_path):
     assert set(first) - same == {"manifest.jsonl", "dataset.json"}  # they note the time
 
 
+def test_segmenting_with_what_was_trained(runs, tmp_path):
+    trained = f"--model.init_args.weights={runs.union / 'weights'}"
+    cli.main(command("predict", "prediction", tmp_path, trained, network=SEGMENTER))
+    folder = tmp_path / "predictions"
+    assert {
+        path.name: len(list(path.iterdir())) for path in folder.iterdir() if path.is_dir()
+    } == dict.fromkeys(("test", "test_uniform", "test_shift"), FEW["n_test"])
+    images = f"--data.init_args.images={runs.mined / 'synthetic' / 'images'}"
+    cli.main(command("predict", "prediction", tmp_path, trained, images, network=SEGMENTER))
+    names = {path.name for path in (runs.mined / "synthetic" / "images").iterdir()}
+    assert {path.name for path in (folder / "images").iterdir()} == names
+    assert not (folder / "test").exists()
+
+
+def test_segmenting_without_weights(tmp_path):
+    arguments = command("predict", "prediction", tmp_path, network=SEGMENTER)
+    refused(tmp_path, arguments, "model.weights", "trained segmenter")
+
+
 def test_resuming_from_the_last_checkpoint(runs, tmp_path):
     checkpoint = runs.miner / "tensorboard" / "checkpoints" / "last.ckpt"
     args = [*short(6), *frozen(runs), *MINING, *MINER, f"--ckpt_path={checkpoint}"]

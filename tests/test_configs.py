@@ -23,7 +23,7 @@ def stage(name):
 
 
 def verb(stage_file):
-    return "predict" if stage_file.stem == "synthesis" else "fit"
+    return "predict" if stage_file.stem in ("synthesis", "prediction") else "fit"
 
 
 def partners(stage_file):

@@ -273,8 +273,8 @@ def pair_files(folder: Folder) -> dict[str, Pair]:
     root = expand(folder.root)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: check root")
-    images = _by_stem(root / folder.images, "images")
-    masks = _by_stem(root / folder.masks, "masks")
+    images = files_by_stem(root / folder.images, "images")
+    masks = files_by_stem(root / folder.masks, "masks")
     for stem in sorted(images.keys() - masks.keys()):
         raise InputError(
             f"{images[stem]} has no mask: add {root / folder.masks / stem}.* or remove the image"
@@ -286,7 +286,12 @@ def pair_files(folder: Folder) -> dict[str, Pair]:
     return {stem: Pair(stem, images[stem], masks[stem]) for stem in sorted(images)}
 
 
-def _by_stem(folder: Path, argument: str) -> dict[str, Path]:
+def files_by_stem(folder: Path, argument: str) -> dict[str, Path]:
+    """Return the image files of a folder by their names without ending.
+
+    Raises:
+        InputError: the folder is absent or has no images (``argument`` named it), or two share a stem.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: check the argument {argument}")
     files: dict[str, Path] = {}
@@ -392,7 +397,12 @@ def _is_file_name(line: str) -> bool:
 # ------------------------------------------------------------------------------------- decoding
 
 
-def _open(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """Return a decoded image file.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
     try:
         with Image.open(path) as file:
             file.load()
@@ -403,7 +413,7 @@ def _open(path: Path) -> Image.Image:
 
 def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, int]:
     """Image uint8 ``(C, H, W)``, class map uint8 ``(H, W)``, and the largest value of the mask."""
-    image, mask = _open(pair.image), _open(pair.mask)
+    image, mask = open_image(pair.image), open_image(pair.mask)
     if image.size != mask.size:
         raise InputError(
             f"{pair.mask} is {mask.height} × {mask.width} but its image {pair.image.name} is "
@@ -420,10 +430,10 @@ def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, int]:
                 f"is {levels.max()}: correct the mask, remove the pair, or set allow_empty"
             )
     resized = Image.fromarray(classes).resize(form.size[::-1], Image.Resampling.NEAREST)
-    return _image(pair.image, image, form), np.asarray(resized), int(levels.max())
+    return to_levels(pair.image, image, form), np.asarray(resized), int(levels.max())
 
 
-def _image(path: Path, image: Image.Image, form: Format) -> Bytes:
+def to_levels(path: Path, image: Image.Image, form: Format) -> Bytes:
     """Convert to 8 bits and the wanted channels, and resize: ``(C, H, W)``."""
     if image.mode in _GREY_16_BIT:
         image = Image.fromarray(_grey_16_bit(path, image).astype(np.float32) / 257)

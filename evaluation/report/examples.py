@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from errors import InputError
+from evaluation.colours import CLASS_COLOURS, palette
 from evaluation.report.collect import Run
 from evaluation.report.inputs import evenly
 from evaluation.report.style import INK, WIDTH, data_uri, new_figure, picture, styled, to_svg
@@ -23,8 +25,6 @@ THUMBNAIL = 96
 
 TILE = 64
 """Side of an example on a sheet, in pixels."""
-
-CLASS_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def example_grid(run: Run) -> Grid | None:
             **{m: [_picture(one) for one in line] for m, line in examples.items()},
         },
         gaps,
-        [(name, CLASS_COLOURS[k % len(CLASS_COLOURS)]) for k, name in enumerate(run.classes)],
+        list(zip(run.classes, cycle(CLASS_COLOURS), strict=False)),
         seed,
         100 * white if gaps else None,
     )
@@ -191,9 +191,7 @@ def _gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _class_map(labels: np.ndarray) -> str:
-    palette = np.array([matplotlib.colors.to_rgb(c) for c in CLASS_COLOURS]) * 255
-    colours = np.where(labels[..., None] > 0, palette[(labels.astype(int) - 1) % len(palette)], 20)
-    return _thumbnail(colours.astype(np.uint8), Image.Resampling.NEAREST)
+    return _thumbnail(palette(int(labels.max()) + 1)[labels], Image.Resampling.NEAREST)
 
 
 def _thumbnail(pixels: np.ndarray, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> str:

@@ -3,7 +3,6 @@
 import io
 
 import numpy as np
-import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -14,6 +13,7 @@ from callbacks.preview import colour_mask, picture_grid
 from conftest import make_segmenter, make_trainer
 from datamodules import SegDataModule
 from datamodules.sources import PhantomSource
+from evaluation.colours import palette
 from lightning_modules import SegLitModule
 
 SIZE = 32
@@ -41,11 +41,11 @@ def test_a_segmenter_shows_what_it_predicts(tmp_path):
     cells = [[row[:, 2 + j * (SIZE + 2) :][:, :SIZE] for j in range(3)] for row in rows]
     for (mask, image, predicted), index in zip(cells, (0, 3, 6), strict=True):
         sample = data.val[index]
-        assert np.array_equal(mask[..., 0], sample["mask"].numpy() * 255)
+        assert np.array_equal(mask, palette(2)[sample["mask"].numpy()])
         assert np.abs(image - (sample["image"].permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 1
         with torch.no_grad():
             classes = module.segmenter.eval()(sample["image"][None]).argmax(1)[0]
-        assert np.array_equal(predicted[..., 0], classes.numpy() * 255)
+        assert np.array_equal(predicted, palette(2)[classes.numpy()])
 
 
 def test_pictures_change_nothing(tmp_path):
@@ -66,9 +66,14 @@ def test_pictures_of_few_samples():
     assert data.preview(6)["index"].tolist() == [0, 1]
 
 
-def test_class_maps_are_grey_levels():
+def test_class_maps_are_in_colours():
     mask = torch.tensor([[[0, 1], [2, 4]]])
-    assert colour_mask(mask, 5).flatten().tolist() == pytest.approx([-1, -0.5, 0, 1])
     grid = picture_grid({"mask": colour_mask(mask, 5)})
-    assert grid.shape == (3, 2, 2)
-    assert grid[0].flatten().tolist() == pytest.approx([0, 0.25, 0.5, 1])
+    assert np.array_equal((grid * 255).round().byte().permute(1, 2, 0), palette(5)[mask[0].numpy()])
+
+
+def test_each_class_has_a_colour():
+    colours = palette(20)
+    assert colours[:2].tolist() == [[0, 0, 0], [230, 159, 0]]
+    assert len({tuple(colour) for colour in colours[:9].tolist()}) == 9
+    assert np.array_equal(colours[9], colours[1])
