@@ -391,7 +391,7 @@ def test_evaluation_sets_are_complete_and_numbered(source):
     data = loaded(source, stage="validate")
     masks = torch.cat([batch["mask"] for batch in data.val_dataloader()])
     assert torch.equal(masks, torch.stack([sample["mask"] for sample in source.dataset("val")]))
-    assert torch.equal(data.preview(2)["mask"], masks[:2])
+    assert torch.equal(data.preview(2)["mask"], masks[::2])
     assert len(data.preview(100)["mask"]) == 4
 
 

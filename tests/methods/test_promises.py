@@ -44,7 +44,7 @@ METHODS = {
     "glance": lambda: BestOfN(3, by="glance"),
     "miner": lambda: Mined(make_miner(trained=True).eval()),
     "seed_scorer": lambda: SeedScorer(scorer(), 3),
-    "ag": lambda: AdversarialGuidance(scale=10.0),  # 100 makes rounding visible
+    "ag": lambda: AdversarialGuidance(scale=1.0),  # 3 makes rounding visible
     "advdiffuser": AdvDiffuser,
     "p2p": lambda: P2P(iterations=2),
     "diff_pgd": lambda: DiffPGD(iterations=2),
