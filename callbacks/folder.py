@@ -2,9 +2,10 @@
 
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -22,7 +23,7 @@ def save_png(image: np.ndarray | Image.Image, path: Path) -> None:
     os.replace(partial, path)
 
 
-class FolderWriter(BasePredictionWriter):
+class FolderWriter(BasePredictionWriter, ABC):
     """Write predictions beside their folder, and move them there when the last one is done.
 
     Args:
@@ -51,13 +52,11 @@ class FolderWriter(BasePredictionWriter):
             raise InputError(f"{folder}: exists and is no {self.title}; move it away or name another folder")
         return folder
 
+    @abstractmethod
     def parts(self, trainer: L.Trainer) -> Sequence[str]:
         """Return the names of the folders within."""
-        raise NotImplementedError
 
-    def setup(
-        self, trainer: L.Trainer, pl_module: Any, stage: Literal["fit", "validate", "test", "predict"] | str
-    ) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Prepare an empty folder beside the one that the predictions go to."""
         if stage != "predict":
             return

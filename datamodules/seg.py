@@ -25,8 +25,9 @@ def _share(total: int, parts: int, place: int) -> int:
 class _Numbered(Dataset[dict[str, Any]]):
     """Samples of an evaluation set with the number of their case."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, source: Source, split: str) -> None:
+        self.dataset = source.dataset(split)
+        self.size = source.size
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -40,9 +41,8 @@ class _Numbered(Dataset[dict[str, Any]]):
         return self.dataset[index]["id"]
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Return height and width of a sample."""
-        height, width = self.dataset[index]["mask"].shape
-        return height, width
+        """Return height and width of a sample, the same for all."""
+        return self.size
 
 
 class SegDataModule(L.LightningDataModule):
@@ -134,12 +134,12 @@ class SegDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read what the stage needs; every problem with the data is raised here."""
         if stage in ("fit", "validate"):
-            self.val = _Numbered(self.source.dataset("val"))
+            self.val = _Numbered(self.source, "val")
         if stage == "predict" and self.images is not None:
             folder = ImageFolder(self.images, self.source.size, self.source.channels)
             self.predicted: dict[str, ImageFolder | _Numbered] = {expand(self.images).resolve().name: folder}
         elif stage in ("test", "predict"):
-            self.tests = {name: _Numbered(self.source.dataset(name)) for name in self.source.test_splits}
+            self.tests = {name: _Numbered(self.source, name) for name in self.source.test_splits}
             if not self.tests:
                 raise InputError(f"{self.source.name}: has no test set; name one in the source's split")
             self.predicted = {**self.tests}
