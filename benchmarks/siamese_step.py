@@ -116,12 +116,15 @@ def main() -> None:
     parser.add_argument("--alone", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone, batch = make(options.width, options.size, options.batch, device)
     if options.alone:
+        backbone, batch = make(options.width, options.size, options.batch, device)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         step(options.alone, backbone, batch)
         print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
         return
+    # Memory first: on Linux a new process begins with the peak of the one that started it.
+    detached, copied = (peak(variant, options) for variant in VARIANTS)
+    backbone, batch = make(options.width, options.size, options.batch, device)
     parameters = sum(p.numel() for p in backbone.parameters()) / 1e6
     print(f"{device}, {parameters:.0f} M parameters, {options.batch} × {options.size}², detached ÷ copied:")
     ratios = paired_ratios(
@@ -129,7 +132,6 @@ def main() -> None:
     )
     low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
     print(f"seconds a step: {middle:.2f} ({low:.2f} … {high:.2f})")
-    detached, copied = (peak(variant, options) for variant in VARIANTS)
     print(f"memory of a step: {detached / copied:.2f} ({detached / 2**20:.0f} of {copied / 2**20:.0f} MiB)")
 
 
