@@ -53,7 +53,7 @@ class MinerLitModule(SynthesisLitModule):
             shows nearly the finished image, at a fraction of the calls.
         signal: ᾱ at which a glance reads the noise.
         gradient: ``stop`` (the paper's temporal stop-gradient), ``full`` (through the backbone), or
-            ``score_function`` (REINFORCE with an antithetic baseline; no gradient of anything frozen).
+            ``score_function`` (REINFORCE with antithetic draws; no gradient of anything frozen).
         noise: ``fresh`` (the paper's) or ``paired``.
         reference: folder of a stronger segmenter; the reward is then the reducible
             φ(ℓ_anchor) − λ·φ(ℓ_reference), in whose units κ_up caps it.
@@ -220,8 +220,8 @@ class MinerLitModule(SynthesisLitModule):
         with torch.no_grad():
             reward, image = self._judge(x_T, request)
             mirrored, _ = self._judge(draw(shifted, -eps, self.method.keep_norm), request)
-        log_prob = shifted.log_prob(shifted.rsample(eps).detach())
-        gain = score_function(log_prob, clipped(reward, self.kappa_up), clipped(mirrored, self.kappa_up))
+        log_prob = torch.stack([shifted.log_prob(shifted.rsample(e).detach()) for e in (eps, -eps)])
+        gain = score_function(log_prob, clipped(torch.stack([reward, mirrored]), self.kappa_up))
         return gain, reward, x_T, shifted, image
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

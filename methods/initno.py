@@ -65,7 +65,10 @@ class InitNO(Method):
 
     @torch.no_grad()
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`Method.synthesize`; notes ``kl`` in nats, of the sample's own round, and ``rounds``."""
+        """See :meth:`Method.synthesize`; notes ``rounds`` R, and ``kl`` in nats.
+
+        The latter is that of the round kept and what choosing among R can add, ln R − (R − 1)/R.
+        """
         x_T, value, kl = self._round(request, 0)
         rounds = torch.ones_like(value)
         for number in range(1, self.rounds):
@@ -77,6 +80,7 @@ class InitNO(Method):
             better = again & (new_value > value)
             x_T = torch.where(better.view(-1, 1, 1, 1), new_x_T, x_T)
             value, kl = torch.where(better, new_value, value), torch.where(better, new_kl, kl)
+        kl = kl + rounds.log() - (rounds - 1) / rounds
         return request.sampler.sample(x_T, request.condition), {"kl": kl, "rounds": rounds, "x_T": x_T}
 
     def _round(self, request: Request, number: int) -> tuple[Tensor, Tensor, Tensor]:

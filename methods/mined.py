@@ -52,7 +52,11 @@ class Mined(Method):
         return draw(shifted, eps, self.keep_norm), eps, shifted
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`Method.synthesize`; notes ``kl`` in nats."""
+        """See :meth:`Method.synthesize`; notes ``kl`` of N^r from N(0, I) in nats.
+
+        With paired noise, on which the shift itself depends, that is how large the shift is, ½‖Δμ‖² and
+        what the variance adds; not how far the shifted noises, taken together, are from N(0, I).
+        """
         x_T, _, shifted = self.shift(request)
         return request.sampler.sample(x_T, request.condition), {"kl": shifted.kl(), "x_T": x_T}
 

@@ -46,17 +46,20 @@ def preserve_norm(x: Tensor, reference: Tensor) -> Tensor:
     return x * ratio[:, None, None, None]
 
 
-def score_function(log_prob: Tensor, reward: Tensor, antithetic: Tensor) -> Tensor:
+def score_function(log_prob: Tensor, reward: Tensor) -> Tensor:
     """Return a surrogate ``(B,)`` whose gradient estimates that of E[reward] (Williams 1992).
 
-    The baseline is the reward of the antithetic draw −ε, which has the same distribution.
+    From each ε and its antithetic −ε; the baseline of a sample is the mean reward of the others in the
+    batch, 0 where there are none. In the gradient for the mean the baseline cancels within a pair, in that
+    for the variance it does not.
 
     Args:
-        log_prob: log-density of each draw, with a graph.
-        reward: of the draw.
-        antithetic: of the antithetic draw.
+        log_prob: log-density of each draw ``(2, B)``, with a graph: first of all ε, then of all −ε.
+        reward: of each draw ``(2, B)``.
     """
-    return 0.5 * (reward - antithetic).detach() * log_prob
+    pair = reward.detach().mean(0)
+    baseline = (pair.sum() - pair) / max(len(pair) - 1, 1)
+    return ((reward.detach() - baseline) * log_prob).mean(0)
 
 
 def overlap(mean: Tensor, others: list[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from methods.initno import InitNO, distribution, within_kl
 from methods.method import OWN, PROBE
 from methods.p2p import P2P, pack, unpack
 from networks import Segmenter
+from objectives.nativeness import best_of_n_kl
 
 SIZE = 16
 
@@ -654,8 +655,11 @@ def test_initno_keeps_its_kl_and_raises_what_it_optimises(bound):
     if bound == 1e-3:
         assert (kl > 0.99 * bound * dimensions).all()
     _, notes = InitNO(kl_bound=bound).synthesize(request)
-    assert (notes["kl"] <= bound * dimensions).all()
+    assert (notes["kl"] > 0).all()
+    assert (notes["kl"] <= bound * dimensions + best_of_n_kl(5) + 1e-5).all()
     assert torch.equal(notes["rounds"], torch.full((3,), 5.0))
+    _, notes = InitNO(kl_bound=0, rounds=4).synthesize(request)
+    assert notes["kl"].tolist() == pytest.approx([best_of_n_kl(4)] * 3, abs=1e-5)
 
 
 def test_shortening_to_the_bound_has_a_closed_form_for_the_mean():

@@ -52,21 +52,29 @@ def test_log_prob_is_that_of_torch():
     assert torch.allclose(ShiftedGaussian(mean, variance).log_prob(x), expected, rtol=1e-5)
 
 
-def test_score_function_estimates_the_gradient_of_the_expected_reward():
-    """E[(a·x)²] = (a·μ)² + ‖a‖² for x ~ N(μ, I) has the gradient 2 (a·μ) a; a linear reward's is a."""
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_score_function_estimates_the_gradient_of_the_expected_reward(offset):
+    """E[c + a·x + (a·x)²] = c + a·μ + (a·μ)² + Σ a²σ² for x ~ N(μ, σ²), whatever c."""
     torch.manual_seed(0)
     a = torch.tensor([1.0, -2.0, 0.5]).reshape(1, 3, 1, 1)
     mean = torch.tensor([0.3, 0.1, -0.4]).reshape(1, 3, 1, 1).requires_grad_()
-    for reward, expected in (
-        (lambda x: (a * x).sum((1, 2, 3)), a),
-        (lambda x: (a * x).sum((1, 2, 3)).square(), 2 * (a * mean).sum().detach() * a),
-    ):
-        eps = torch.randn(400_000, 3, 1, 1)
-        shifted = ShiftedGaussian(mean.expand(len(eps), -1, -1, -1), torch.ones_like(eps))
-        x, mirrored = shifted.rsample(eps).detach(), shifted.rsample(-eps).detach()
-        surrogate = score_function(shifted.log_prob(x), reward(x), reward(mirrored)).mean()
-        (gradient,) = torch.autograd.grad(surrogate, mean)
-        assert torch.allclose(gradient, expected, atol=0.03)
+    variance = torch.tensor([0.5, 1.0, 1.5]).reshape(1, 3, 1, 1).requires_grad_()
+    eps = torch.randn(800_000, 3, 1, 1)
+    shifted = ShiftedGaussian(*(x.expand(len(eps), -1, -1, -1) for x in (mean, variance)))
+    draws = [shifted.rsample(e).detach() for e in (eps, -eps)]
+    along = torch.stack([(a * x).sum((1, 2, 3)) for x in draws])
+    log_prob = torch.stack([shifted.log_prob(x) for x in draws])
+    surrogate = score_function(log_prob, offset + along + along.square())
+    of_mean, of_variance = torch.autograd.grad(surrogate.mean(), [mean, variance])
+    assert torch.allclose(of_mean, (1 + 2 * (a * mean).sum().detach()) * a, atol=0.05)
+    assert torch.allclose(of_variance, a.square(), atol=0.05)
+
+
+def test_score_function_of_one_sample_has_no_baseline():
+    log_prob = torch.zeros(2, 1, requires_grad=True)
+    score_function(log_prob, torch.tensor([[3.0], [1.0]])).sum().backward()
+    assert log_prob.grad is not None
+    assert log_prob.grad.flatten().tolist() == [1.5, 0.5]
 
 
 def test_overlap_of_known_shifts():
