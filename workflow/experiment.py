@@ -1,5 +1,7 @@
-"""Settings of an experiment: what it takes over from the one that it extends, and its data in every stage."""
+"""Settings of an experiment: what it takes over from another one, and what its names stand for."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +9,37 @@ import yaml
 
 from errors import InputError
 
+Settings = dict[str, Any]
 
-def read(path: str | Path) -> dict[str, Any]:
+METHODS = Path(__file__).with_name("methods.yaml")
+"""What methods are where an experiment says no more than their names."""
+
+PLAIN = "data.init_args.budget"
+"""The argument of the stage ``plain`` that says how large the plain set is."""
+
+
+def read(path: str | Path) -> Settings:
     """Return the settings in a file as the workflow runs them.
 
     Raises:
-        InputError: there is no such file, or one that it extends is absent.
+        InputError: see :func:`resolved`.
     """
     return resolved(_load(path))
 
 
-def resolved(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings over those of the experiment that they extend, with ``data`` in every stage.
+def resolved(settings: Settings) -> Settings:
+    """Return settings over those of the experiment that they extend, with nothing left to look up.
 
-    Stages are taken over one by one, and their arguments too. A method without settings has those that it
-    has there. Of the methods in ``embedding``, taken over, those remain that the extension has. ``data`` is a
-    config file, of all stages or of one; it comes after the first file of a stage, so that later ones go
-    over it.
+    Stages and methods are taken over one by one, and their settings too. A method that is new goes over what
+    ``methods.yaml`` has under its name, or over the method that it names by ``like``. Of the methods in
+    ``embedding``, taken over, those remain that the extension has. ``data`` is a config file, of all stages
+    or of one; it comes after the first file of a stage, so that later ones go over it.
+
+    ``{NAME}`` in an argument of a method is the folder of the segmenter that the arm NAME trains at its
+    largest budget, ``{NAME_training}`` that of the network which the method NAME brings along.
 
     Raises:
-        InputError: a file that is extended is absent.
+        InputError: a file that is extended is absent, or a setting names what there is not.
     """
     settings = _merged(settings)
     stages = {}
@@ -37,17 +50,26 @@ def resolved(settings: dict[str, Any]) -> dict[str, Any]:
             "configs": [*files[:1], *([data] if data else []), *files[1:]],
             "arguments": arguments,
         }
-    return settings | {"stages": stages}
+    return settings | {"stages": stages, "methods": _filled(settings | {"stages": stages})}
 
 
-def _merged(settings: dict[str, Any]) -> dict[str, Any]:
-    if "extends" not in settings:
-        return settings
-    base = _merged(_load(settings["extends"]))
-    given = settings.get("methods", base["methods"])
-    methods = {name: base["methods"].get(name) if own is None else own for name, own in given.items()}
+def over(base: Settings, own: Settings) -> Settings:
+    """Return settings over others, mapping by mapping; lists and values are replaced."""
+    merged = dict(base)
+    for key, value in own.items():
+        before = base.get(key)
+        merged[key] = over(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _merged(settings: Settings) -> Settings:
+    base: Settings = _merged(_load(settings["extends"])) if "extends" in settings else {}
+    there = base.get("methods", {})
+    methods: Settings = {}
+    for name, own in (settings.get("methods") or there).items():
+        methods[name] = _method(settings, name, own or {}, there | methods)
     taken = {key: [name for name in base[key] if name in methods] for key in ("embedding",) if key in base}
-    stages = dict(base["stages"])
+    stages = dict(base.get("stages", {}))
     for name, stage in settings.get("stages", {}).items():
         before = stages.get(name, {})
         stages[name] = before | stage
@@ -55,8 +77,61 @@ def _merged(settings: dict[str, Any]) -> dict[str, Any]:
     return base | taken | settings | {"stages": stages, "methods": methods}
 
 
-def _load(path: str | Path) -> dict[str, Any]:
+def _method(settings: Settings, name: str, own: Settings, there: Settings) -> Settings:
+    """Return the settings of a method, given those of the methods that are there already."""
+    shipped = yaml.safe_load(METHODS.read_text())
+    like = own.get("like", name)
+    start = there.get(like, shipped.get(like))
+    if start is None and like != name and not Path(f"configs/methods/{like}.yaml").is_file():
+        raise InputError(
+            f"{settings.get('name')}: method {name} is to be like {like}, which is neither listed before "
+            f"it, nor in {METHODS.name}, nor a file in configs/methods"
+        )
+    start = dict(start or {})
+    if like != name and not {"configs", "subset"} & {*start}:
+        start["configs"] = [f"configs/methods/{like}.yaml"]
+    return over(start, {key: value for key, value in own.items() if key != "like"})
+
+
+def _filled(settings: Settings) -> Settings:
+    """Return the methods with the budgets of plain subsets, and the arms that arguments name."""
+    methods = settings["methods"]
+    for name, method in methods.items():
+        if (method.get("subset") or {}).get("of") == "plain" and "budgets" not in method:
+            plain = settings["stages"].get("plain", {}).get("arguments", {})
+            if PLAIN not in plain:
+                raise InputError(
+                    f"{settings.get('name')}: method {name} is taken from the plain set: give stages.plain "
+                    f"the argument {PLAIN}, its size as a multiple of the real data"
+                )
+            methods = methods | {name: method | {"budgets": [plain[PLAIN]]}}
+
+    def folder(match: re.Match[str]) -> str:
+        arm = match[1]
+        if arm in methods:
+            budget = max(methods[arm].get("budgets", settings.get("budgets", [])))
+            return f"{{arms}}/{arm}/{budget:g}x/weights"
+        if arm.endswith("_training") and arm.removesuffix("_training") in methods:
+            return f"{{arms}}/{arm}/weights"
+        if arm in ("arms", "network"):
+            return match[0]
+        raise InputError(
+            f"{settings.get('name')}: an argument names {{{arm}}}, but there is no method {arm}; list it "
+            "among the methods"
+        )
+
+    def fill(part: Settings) -> Settings:
+        filled: Settings = json.loads(re.sub(r"\{([A-Za-z]\w*)\}", folder, json.dumps(part)))
+        return filled
+
+    return {
+        name: method | {key: fill(method[key]) for key in ("arguments", "training") if key in method}
+        for name, method in methods.items()
+    }
+
+
+def _load(path: str | Path) -> Settings:
     if not Path(path).is_file():
         raise InputError(f"{path}: does not exist, but an experiment is to extend it; check extends")
-    loaded: dict[str, Any] = yaml.safe_load(Path(path).read_text())
+    loaded: Settings = yaml.safe_load(Path(path).read_text())
     return loaded

@@ -37,7 +37,7 @@ def test_data_comes_after_the_first_file_of_every_stage():
 
 
 def test_without_data_the_files_are_those_given():
-    settings = {"stages": {"miner": {"configs": ["m.yaml", "net.yaml"]}}}
+    settings = {"stages": {"miner": {"configs": ["m.yaml", "net.yaml"]}}, "methods": {}}
     assert resolved(settings)["stages"]["miner"]["configs"] == ["m.yaml", "net.yaml"]
 
 
@@ -59,3 +59,53 @@ def test_an_extension_says_only_what_it_changes(base, tmp_path):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.yaml: does not exist"):
         resolved({"extends": str(tmp_path / "nowhere.yaml"), "name": "x"})
+
+
+def methods(tmp_path, base, given, **more):
+    return resolved({"extends": base, "name": "more", "methods": given, "budgets": [1, 3]} | more)["methods"]
+
+
+def test_a_method_goes_over_what_the_extended_experiment_has_under_its_name(base, tmp_path):
+    given = {"mine": {"training": {"arguments": {"a": 1}}}}
+    assert methods(tmp_path, base, given) == {"mine": {"stage": "miner", "training": {"arguments": {"a": 1}}}}
+
+
+def test_a_method_may_be_like_another(base, tmp_path):
+    given = {
+        "mine": {"configs": ["x.yaml"], "arguments": {"a": {"b": 1}, "c": 2}},
+        "same": {"like": "mine", "arguments": {"a": {"d": 3}}},
+        "ag_1": {"like": "ag", "arguments": {"scale": 1}},
+    }
+    like = methods(tmp_path, base, given)
+    assert like["same"] == {
+        "stage": "miner",
+        "configs": ["x.yaml"],
+        "arguments": {"a": {"b": 1, "d": 3}, "c": 2},
+    }
+    assert like["mine"]["arguments"] == {"a": {"b": 1}, "c": 2}
+    assert like["ag_1"] == {"configs": ["configs/methods/ag.yaml"], "arguments": {"scale": 1}}
+    with pytest.raises(InputError, match="method same is to be like nothing, which is neither listed"):
+        methods(tmp_path, base, {"same": {"like": "nothing"}})
+
+
+def test_the_default_is_had_by_its_name(base, tmp_path):
+    stages = {"plain": {"configs": [], "arguments": {"data.init_args.budget": 12}}}
+    found = methods(tmp_path, base, {"all_plain": None, "glance_learnt": None}, stages=stages)
+    assert found["all_plain"] == {"subset": {"of": "plain", "tau": -1}, "budgets": [12]}
+    reference = found["glance_learnt"]["arguments"]["model.init_args.method.init_args.reference"]
+    assert reference == "{arms}/all_plain/12x/weights"
+    with pytest.raises(InputError, match=r"names \{all_plain\}, but there is no method all_plain"):
+        methods(tmp_path, base, {"glance_learnt": None}, stages=stages)
+    with pytest.raises(InputError, match=r"give stages.plain the argument data\.init_args\.budget"):
+        methods(tmp_path, base, {"all_plain": None})
+
+
+def test_an_argument_may_name_a_network_or_an_arm(base, tmp_path):
+    names = ["{mine}", "{mine_training}", "{arms}/mine/1x/weights", "{network}"]
+    found = methods(tmp_path, base, {"mine": None, "other": {"arguments": {"x": names}}})["other"]
+    assert found["arguments"]["x"] == [
+        "{arms}/mine/3x/weights",
+        "{arms}/mine_training/weights",
+        "{arms}/mine/1x/weights",
+        "{network}",
+    ]

@@ -128,7 +128,7 @@ def tiny(tmp_path_factory):
     settings["methods"] = {
         "base": None,
         "miner": {"stage": "miner"},
-        "seed_scorer": {"stage": "scorer"},
+        "seed_scorer": {"training": {"arguments": {"model.init_args.reference": None}}},
         "half": HALF,
         "round_2": ROUND | {"configs": ["configs/methods/seed_scorer.yaml"]},
         "all_mined": EASY,

@@ -1,0 +1,99 @@
+import copy
+from pathlib import Path
+
+import pytest
+
+from errors import InputError
+from workflow.experiment import read
+from workflow.plan import Plan, arguments
+
+EXPERIMENT = Path("configs/experiments/longtail.yaml")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return copy.deepcopy(read(EXPERIMENT)) | {"runs": str(tmp_path)}
+
+
+def test_what_a_method_builds_on(settings):
+    settings["methods"]["round_2"] = {
+        "configs": [],
+        "anchor": "miner/3x",
+        "joined": ["glance_learnt"],
+        "arguments": {"x": "{arms}/best_of_4/1x/weights"},
+        "training": {"arguments": {"y": ["{arms}/glance_scorer_training/weights"]}},
+    }
+    plan = Plan(settings)
+    assert plan.needs("round_2") == ["best_of_4/1x", "glance_scorer_training"]
+    assert plan.others("round_2") == ["miner", "best_of_4", "glance_scorer", "glance_learnt"]
+    assert plan.needs("glance_learnt") == ["all_plain/16x"]
+    assert plan.stages_of("glance_learnt") == {"reference", "backbone", "segmenter", "synthesis"}
+    assert plan.stages_of("glance_scorer_16") == plan.stages_of("glance_learnt") | {"glance_scorer"}
+    assert plan.stages_of("all_plain") == plan.stages_of("glance_learnt") | {"plain"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "touched"),
+    [
+        ("miner", {"miner"}),
+        ("plain", {"all_plain", "glance_learnt"}),
+        ("glance_scorer", {"glance_scorer", "glance_scorer_16"}),
+        ("synthesis", {"base", "miner", "all_plain", "glance_learnt", "glance_scorer", "glance_scorer_16"}),
+    ],
+)
+def test_a_stage_changes_the_key_of_what_depends_on_it_alone(settings, stage, touched):
+    names = ["base", "miner", "all_plain", "glance_learnt", "glance_scorer", "glance_scorer_16"]
+
+    def keys():
+        plan = Plan(settings)
+        return {name: plan.key("segmenter", "synthesis", *plan.method_layers(name)) for name in names}
+
+    before = keys()
+    settings["stages"][stage]["arguments"]["model.init_args.steps"] = 7
+    assert {name for name, key in keys().items() if key != before[name]} == touched
+
+
+def test_a_changed_stage_is_shared_by_none_that_depends_on_it(settings):
+    base = copy.deepcopy(settings)
+    settings |= {"name": "more", "seeds": [0]}
+    settings["methods"]["other"] = {"configs": []}
+    settings["stages"]["miner"]["arguments"]["trainer.max_steps"] = 7
+    Plan(settings).share(base)
+    run = Path(settings["runs"], "more")
+    linked = {path.name for path in run.glob("seed0/*")}
+    assert {"base", "glance_scorer_training", "real", "plain"} <= linked
+    assert not {"miner", "miner_training", "native_miner", "other"} & linked
+    settings["stages"]["reference"]["arguments"]["trainer.max_steps"] = 7  # which measures every set
+    Plan(settings).share(base)
+    assert {path.name for path in run.glob("seed0/*")} == {"real", "plain"}
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"colour": 1}, "method new has unknown settings colour"),
+        ({}, "method new has no configs, and there is no configs/methods/new.yaml"),
+        ({"configs": [], "stage": "magic"}, "method new is trained by stage magic; choose miner"),
+        ({"configs": [], "network": "base"}, "method new takes the network of base, which trains none"),
+        ({"subset": {"of": "base"}}, "subset of method new needs of and tau"),
+        ({"subset": {"of": "base", "tau": 0}, "budgets": [1, 3]}, "taken whole: give one budget"),
+        ({"configs": [], "anchor": "nobody/3x"}, "method new builds on nobody; list it before new"),
+    ],
+)
+def test_contradictions_are_refused(settings, method, reason):
+    settings["methods"]["new"] = method
+    with pytest.raises(InputError, match=reason):
+        Plan(settings)
+
+
+def test_absent_stages_are_named(settings):
+    del settings["stages"]["synthesis"], settings["stages"]["glance_scorer"]
+    with pytest.raises(InputError, match="longtail: stages lacks glance_scorer, synthesis"):
+        Plan(settings)
+
+
+def test_values_are_written_as_yaml_reads_them():
+    line = arguments(
+        {"configs": ["a.yaml"], "arguments": {"x": None, "y": [1, "b"], "z": "text"}}, flags="--f=1"
+    )
+    assert line == """--config a.yaml --f=1 '--x=null' '--y=[1, "b"]' '--z=text'"""
