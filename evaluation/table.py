@@ -2,7 +2,8 @@
 
 ``python -m evaluation.table runs/a runs/b … [--test-set NAME …]``; with ``--sets`` one of each experiment and
 test set: a line per arm, its scores beside what describes its synthetic sets; with ``--classes dsc asd`` one
-of each test set and measure: a line per segmenter and arm, a column per class.
+of each test set and measure: a line per segmenter and arm, a column per class; with ``--of noise.norm.z …``
+one of each experiment: a line per method, a column per figure of its sets in ``report.json``.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 
 from errors import InputError
 from evaluation.report.collect import NO_BACKBONE, REAL, Row, arm_name
-from evaluation.report.statistics import paired_differences, spearman, spread, summarise
+from evaluation.report.statistics import Spread, paired_differences, spearman, spread, summarise
 from evaluation.report.tables import Table, as_markdown, class_table, interval, mean_sd, number
 
 SET_COLUMNS = {
@@ -173,6 +174,34 @@ def hardness(rows: Sequence[Row], sets: Sequence[dict[str, Any]], test_set: str)
     return notes
 
 
+def measures_table(sets: Sequence[dict[str, Any]], paths: Sequence[str]) -> Table:
+    """Return any figures of synthetic sets, mean ± standard deviation over seeds: a line per method.
+
+    Args:
+        sets: ``synthetic_sets`` of a report.
+        paths: where each figure lies in them, such as ``noise.norm.z`` or ``gain.all.set.cosine``.
+
+    Raises:
+        InputError: no set has a number there.
+    """
+
+    def at(one: Any, path: str) -> float | None:
+        for key in path.split("."):
+            one = one.get(key) if isinstance(one, dict) else None
+        return one if isinstance(one, int | float) else None
+
+    for path in paths:
+        if all(at(one, path) is None for one in sets):
+            raise InputError(f"{path}: no synthetic set of the report has a number there")
+    methods = list(dict.fromkeys(one["method"] for one in sets))
+    found = [[spread(at(one, p) for one in sets if one["method"] == m) for p in paths] for m in methods]
+    lines = [
+        (method, *(_significant(value) if value.n else "" for value in values))
+        for method, values in zip(methods, found, strict=True)
+    ]
+    return Table(("Method", *paths), lines, methods, left=1)
+
+
 def class_tables(rows: Sequence[Row], test_set: str, measures: Sequence[str]) -> dict[tuple[str, str], Table]:
     """Return the table by class of each data set and measure, on one test set.
 
@@ -192,6 +221,12 @@ def class_tables(rows: Sequence[Row], test_set: str, measures: Sequence[str]) ->
                 raise InputError(f"measure {measure}: is unknown; choose from {', '.join(known)}")
             tables[dataset, measure] = class_table(shown, measure)
     return tables
+
+
+def _significant(value: Spread) -> str:
+    """Return "mean ± sd" with significant digits, for figures of any size."""
+    sd = f"{value.sd:.2g}" if value.n > 1 else "–"
+    return f"{value.mean:.3g} ± {sd}".replace("-", "−")
 
 
 def _known(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str]) -> None:
@@ -215,10 +250,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test-set", action="append", default=[], help="show this one; may be repeated")
     parser.add_argument("--sets", action="store_true", help="a table of each experiment and test set")
     parser.add_argument("--classes", nargs="+", metavar="MEASURE", help="a table of each measure, by class")
+    parser.add_argument("--of", nargs="+", metavar="PATH", help="a table of these figures of synthetic sets")
     parser.add_argument("--best-first", action="store_true", help="with --sets: sort by DSC")
     options = parser.parse_args(arguments)
     reports = [read_report(run) for run in options.runs]
     _known([rows for rows, _ in reports], options.test_set)
+    if options.of:
+        for _, sets in reports:
+            print(as_markdown(measures_table(sets, options.of)), end="\n\n")
+        print("Mean ± standard deviation over seeds.")
+        return
     if options.classes:
         rows = [row for found, _ in reports for row in found]
         for name in _shown(rows, options.test_set):

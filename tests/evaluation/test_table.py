@@ -5,7 +5,7 @@ import pytest
 
 from errors import InputError
 from evaluation.report.collect import Row
-from evaluation.table import arms_table, class_tables, grand_table, hardness, main
+from evaluation.table import arms_table, class_tables, grand_table, hardness, main, measures_table
 
 
 def row(dsc, method="real", budget=0, seed=0, dataset="acdc", test_set="test"):
@@ -162,3 +162,15 @@ def test_runs_without_a_report(tmp_path, content, problem):
         (tmp_path / "report/report.json").write_text(content)
     with pytest.raises(InputError, match=problem):
         main([str(tmp_path)])
+
+
+def test_any_figure_of_the_sets_may_be_asked_for():
+    sets = [
+        {"method": "base", "noise": {"norm": {"z": -1.0}}, "gain": {"all": {"gain": 0.0012345}}},
+        {"method": "base", "noise": {"norm": {"z": 2.0}}, "gain": {"all": {"gain": 0.0012345}}},
+        {"method": "ag", "noise": None, "gain": {"all": {"gain": -0.002}}},
+    ]
+    table = measures_table(sets, ["noise.norm.z", "gain.all.gain"])
+    assert table.cells == [("base", "0.5 ± 2.1", "0.00123 ± 0"), ("ag", "", "−0.002 ± –")]
+    with pytest.raises(InputError, match=r"noise\.norm: no synthetic set of the report has a number there"):
+        measures_table(sets, ["noise.norm"])
