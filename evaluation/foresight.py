@@ -34,6 +34,14 @@ ESTIMATES = (1, 2, 5, 10, 20)
 """Calls of the glances, and of the truncated rollouts, that are tried."""
 
 
+class Noises(NamedTuple):
+    """A batch of initial noises of a plain set, its masks, and how hard the finished samples are ``(B,)``."""
+
+    noise: Tensor
+    mask: Tensor
+    finished: Tensor
+
+
 class Look(NamedTuple):
     """A way to look ahead: its kind, ᾱ where it begins, calls of the backbone, and what it foretells."""
 
@@ -65,6 +73,32 @@ def looks(
         yield Look("scorer", None, int(scorer.inputs != "noise"), scorer.predict(response, mask))
 
 
+def noises(plain: SyntheticSet, sampler: Sampler, anchor: Segmenter, reward: str) -> Iterator[Noises]:
+    """Yield the initial noises that a plain set was made from, batch by batch.
+
+    Raises:
+        InputError: the set was not made by Base, or by another backbone.
+    """
+    made = json.loads((plain.folder / "dataset.json").read_text())
+    if made["method"] != "base":
+        raise InputError(f"{plain.folder}: was made by {made['method']}; give a set of the method Base")
+    if made["weights"]["backbone"] != sampler.backbone.fingerprint():
+        raise InputError(f"{plain.folder}: was made by another backbone; give the one that made it")
+    for first, batch in enumerate(batches(plain, "samples")):
+        mask = batch["mask"].to(anchor.device)
+        entries = plain.entries[first * BATCH : first * BATCH + len(mask)]
+        shape = sampler.backbone.noise_shape((mask.shape[-2], mask.shape[-1]))
+        stream = NoiseStream(entries[0]["seed"], [e["index"] for e in entries], shape, anchor.device)
+        with torch.no_grad():
+            finished = REWARDS[reward](anchor(batch["image"].to(anchor.device)).float(), mask)
+        yield Noises(stream.draw(PROBE), mask, finished)
+
+
+def reward_of(plain: SyntheticSet) -> str:
+    """Return the reward that a set's manifest names."""
+    return str(json.loads((plain.folder / "dataset.json").read_text())["reward"])
+
+
 @torch.no_grad()
 def foresight(
     plain: SyntheticSet, sampler: Sampler, anchor: Segmenter, scorer: Scorer | None = None
@@ -84,21 +118,12 @@ def foresight(
     Raises:
         InputError: the set was not made by Base, or by another backbone.
     """
-    made = json.loads((plain.folder / "dataset.json").read_text())
-    if made["method"] != "base":
-        raise InputError(f"{plain.folder}: was made by {made['method']}; give a set of the method Base")
-    if made["weights"]["backbone"] != sampler.backbone.fingerprint():
-        raise InputError(f"{plain.folder}: was made by another backbone; give the one that made it")
-    reward = made["reward"]
+    reward = reward_of(plain)
     finished: list[Tensor] = []
     rows: dict[tuple[str, float | None, int], list[Tensor]] = {}
-    for first, batch in enumerate(batches(plain, "foresight")):
-        mask = batch["mask"].to(anchor.device)
-        entries = plain.entries[first * BATCH : first * BATCH + len(mask)]
-        shape = sampler.backbone.noise_shape((mask.shape[-2], mask.shape[-1]))
-        stream = NoiseStream(entries[0]["seed"], [e["index"] for e in entries], shape, anchor.device)
-        finished.append(REWARDS[reward](anchor(batch["image"].to(anchor.device)).float(), mask).cpu())
-        for look in looks(sampler, stream.draw(PROBE), mask, anchor, scorer, reward):
+    for x_T, mask, hardness in noises(plain, sampler, anchor, reward):
+        finished.append(hardness.cpu())
+        for look in looks(sampler, x_T, mask, anchor, scorer, reward):
             rows.setdefault((look.kind, look.signal, look.calls), []).append(look.values.cpu())
     truth = torch.cat(finished).numpy()
     return [
@@ -112,21 +137,32 @@ def foresight(
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.foresight", description=__doc__)
+def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command that looks at the noises of a plain set."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--set", required=True, help="folder of a plain synthetic set")
     parser.add_argument("--backbone", required=True, help="weights folder of the backbone that made it")
     parser.add_argument("--anchor", required=True, help="weights folder of the segmenter")
-    parser.add_argument("--scorer", help="weights folder of a seed scorer, to compare with")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps of the full schedule")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def loaded(options: argparse.Namespace) -> tuple[SyntheticSet, Sampler, Segmenter]:
+    """Return the plain set, DDIM through the backbone, and the anchor that such a command names."""
     backbone = load_pretrained(options.backbone, Backbone).freeze()  # type: ignore[type-abstract]
     anchor = load_pretrained(options.anchor, Segmenter).freeze()  # type: ignore[type-abstract]
+    return SyntheticSet(options.set), Sampler(backbone, options.steps), anchor
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = parser_of("evaluation.foresight", __doc__)
+    parser.add_argument("--scorer", help="weights folder of a seed scorer, to compare with")
+    options = parser.parse_args(arguments)
+    plain, sampler, anchor = loaded(options)
     scorer = None if options.scorer is None else load_pretrained(options.scorer, Scorer).freeze()
-    plain = SyntheticSet(options.set)
-    rows = foresight(plain, Sampler(backbone, options.steps), anchor, scorer)
+    rows = foresight(plain, sampler, anchor, scorer)
     facts = {"set": options.set, "n": len(plain), "steps": options.steps, "anchor": anchor.fingerprint()[:8]}
     write_atomically(options.output, json.dumps(facts | {"rows": rows}, indent=2) + "\n")
     for row in rows:

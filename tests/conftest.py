@@ -9,8 +9,12 @@ import torch
 
 import cli
 import original
+from callbacks import SynthesisCallback
+from datamodules import ConditionDataModule
 from datamodules.sources import PhantomSource
 from diffusion.backbones import ControlLDM, SegDiff
+from lightning_modules import SynthesisLitModule
+from methods import Base
 from networks import Miner, NNUNet
 from networks.pretrained import save_pretrained
 from networks.weight_files import write_weights
@@ -172,3 +176,22 @@ def originals(tmp_path_factory) -> dict[str, Path]:
     for kind, file in found.items():
         write_weights(original.checkpoint(kind), file)
     return found
+
+
+@pytest.fixture(scope="session")
+def made_by(weights, source, tmp_path_factory):
+    """Returns a function that makes a set of twelve samples with a schedule of two steps."""
+
+    def make(method):
+        folder = tmp_path_factory.mktemp(method.name)
+        module = SynthesisLitModule(weights.backbone, weights.segmenter, method, steps=2, seed=4)
+        trainer = make_trainer(folder, callbacks=[SynthesisCallback()])
+        trainer.predict(module, ConditionDataModule(source, budget=2.0), return_predictions=False)
+        return folder / "synthetic"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_samples(made_by):
+    return made_by(Base())

@@ -2,43 +2,23 @@ import json
 
 import pytest
 
-from callbacks import SynthesisCallback
-from conftest import make_backbone, make_trainer
-from datamodules import ConditionDataModule
+from conftest import make_backbone
 from datamodules.sources.synthetic import SyntheticSet
 from diffusion.sampler import Sampler
 from errors import InputError
 from evaluation.foresight import GLANCES, SIGNALS, foresight, main
-from lightning_modules import SynthesisLitModule
-from methods import Base, DiffAug
+from methods import DiffAug
 from networks.pretrained import load_pretrained, save_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 
 
-@pytest.fixture(scope="module")
-def plain(weights, source, tmp_path_factory):
-    """Returns a function that makes a set of twelve samples with a schedule of two steps."""
-
-    def make(method):
-        folder = tmp_path_factory.mktemp(method.name)
-        module = SynthesisLitModule(weights.backbone, weights.segmenter, method, steps=2, seed=4)
-        trainer = make_trainer(folder, callbacks=[SynthesisCallback()])
-        trainer.predict(module, ConditionDataModule(source, budget=2.0), return_predictions=False)
-        return folder / "synthetic"
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def base(plain):
-    return plain(Base())
-
-
-def test_the_whole_schedule_foretells_all(base, weights):
+def test_the_whole_schedule_foretells_all(plain_samples, weights):
     backbone = make_backbone().freeze()
     anchor = load_pretrained(weights.segmenter, Segmenter).freeze()
-    rows = foresight(SyntheticSet(base), Sampler(backbone, 2), anchor, Scorer(width=4, inputs="noise").eval())
+    rows = foresight(
+        SyntheticSet(plain_samples), Sampler(backbone, 2), anchor, Scorer(width=4, inputs="noise").eval()
+    )
     by_kind = {(row["kind"], row["signal"], row["calls"]): row["spearman"] for row in rows}
     assert by_kind["estimate", None, 2] > 0.97  # only rounding to 8 bits lies between
     assert [key for key in by_kind if key[0] == "estimate"] == [("estimate", None, 1), ("estimate", None, 2)]
@@ -48,11 +28,11 @@ def test_the_whole_schedule_foretells_all(base, weights):
     assert by_kind["scorer", None, 0] < 0.9  # it has learnt nothing
 
 
-def test_command(base, weights, tmp_path, capsys):
+def test_command(plain_samples, weights, tmp_path, capsys):
     output = tmp_path / "foresight.json"
     save_pretrained(Scorer(width=4), tmp_path / "scorer", {})
     arguments = {
-        "set": base,
+        "set": plain_samples,
         "backbone": weights.backbone,
         "anchor": weights.segmenter,
         "scorer": tmp_path / "scorer",
@@ -66,9 +46,9 @@ def test_command(base, weights, tmp_path, capsys):
     assert "estimate, calls 2: ρ = " in capsys.readouterr().out
 
 
-def test_what_it_cannot_tell_is_refused(base, plain, weights):
+def test_what_it_cannot_tell_is_refused(plain_samples, made_by, weights):
     anchor = load_pretrained(weights.segmenter, Segmenter).freeze()
     with pytest.raises(InputError, match="made by diffaug"):
-        foresight(SyntheticSet(plain(DiffAug())), Sampler(make_backbone().freeze(), 2), anchor)
+        foresight(SyntheticSet(made_by(DiffAug())), Sampler(make_backbone().freeze(), 2), anchor)
     with pytest.raises(InputError, match="another backbone"):
-        foresight(SyntheticSet(base), Sampler(make_backbone(seed=5).freeze(), 2), anchor)
+        foresight(SyntheticSet(plain_samples), Sampler(make_backbone(seed=5).freeze(), 2), anchor)
