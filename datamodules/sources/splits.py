@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from errors import InputError
 
 LEARNT = ("train", "val")
 """Splits that something is learnt or chosen on; nothing in them may be in another split."""
+COPY = 0.999
+"""Correlation of two slices above which one is a copy; slices of different patients stay far below."""
 
 _SUFFIXES = re.compile(r"\.(npy\.h5|h5|hdf5|npz|npy|nii\.gz|nii)$")
 _SLICE = re.compile(r"^(.+?)_?slice_?(\d+)$")
@@ -225,7 +228,7 @@ def check_patients(split: Mapping[str, Sequence[Part]]) -> None:
             if owner != name and owner in LEARNT:
                 raise InputError(
                     f"leakage: patient {patient} is in {owner} ({first}) and in {name} ({part.case.id}): "
-                    "keep a patient in one split"
+                    "keep a patient in one split; other_patients says that those of a test set are others"
                 )
 
 
@@ -244,4 +247,37 @@ def check_content(content: Mapping[str, Sequence[tuple[str, Sequence[str]]]]) ->
                     raise InputError(
                         f"leakage: an image of {case} in {name} is the same as one of {first} in {owner}: "
                         "remove one of the two"
+                    )
+
+
+def check_copies(content: Mapping[str, Sequence[tuple[str, NDArray[np.float32]]]]) -> None:
+    """Raise an InputError if a case is nearly one of train or val in another split, turned, mirrored or not.
+
+    It is where most of its slices correlate with some slice of the other by more than ``COPY``.
+
+    Args:
+        content: for each split the ids of its cases and the looks ``(slices, N, N)`` of their slices, each of
+            mean 0 and norm 1.
+    """
+    names = ordered(content)
+    for place, name in enumerate(LEARNT):
+        later = [(key, *each) for key in names[place + 1 :] for each in content[key] if len(each[1])]
+        if not later:
+            continue
+        looks = np.concatenate([each for *_, each in later])
+        turned = [np.rot90(side, k, (1, 2)) for side in (looks, looks[..., ::-1]) for k in range(4)]
+        views = [view.reshape(len(looks), -1) for view in turned]
+        starts = np.cumsum([0, *(len(each) for *_, each in later[:-1])])
+        for case, own in content[name]:
+            if not len(own):
+                continue
+            flat = own.reshape(len(own), -1).T
+            alike = np.max([(view @ flat).max(1) for view in views], axis=0) > COPY
+            for (key, other, each), count in zip(
+                later, np.add.reduceat(alike, starts, dtype=int), strict=True
+            ):
+                if count > len(each) / 2:
+                    raise InputError(
+                        f"leakage: {other} in {key} is nearly the same as {case} in {name}, {count} of "
+                        f"{len(each)} slices: remove one of the two"
                     )

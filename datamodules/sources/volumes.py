@@ -19,11 +19,13 @@ from datamodules.sources.intensity import Intensity
 from datamodules.sources.labels import LabelMap
 from datamodules.sources.source import Sample, Source, Volume
 from datamodules.sources.splits import (
+    LEARNT,
     Case,
     Part,
     Split,
     check_cases,
     check_content,
+    check_copies,
     check_numbers,
     check_patients,
     ordered,
@@ -87,12 +89,14 @@ class VolumeTest:
         form: its form on disk; None detects it.
         cases: names of the patients or cases to take; None takes all.
         spacing: as in :class:`VolumeSource`, for this set.
+        other_patients: its patients are none of the set's, although they have the same names.
     """
 
     root: str | None = None
     form: str | None = None
     cases: Sequence[str] | None = None
     spacing: tuple[float, float, float] | None = None
+    other_patients: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class VolumeSource(Source):
     the rule of its data set, resized (images bilinearly with antialiasing, masks to the nearest neighbour)
     and kept on disk with 16 bits a value, from where slices are memory-mapped. The constructor only lists
     files and splits them. The first ``dataset(split)`` reads and checks the files of all splits, and raises
-    if an image of train or val is in another split too.
+    if an image of train or val, or nearly such a volume, is in another split too.
 
     Args:
         root: folder of the data set; ``~`` and environment variables are filled in.
@@ -190,16 +194,19 @@ class VolumeSource(Source):
         else:
             parts = split_by_fractions(cases, self.fractions, seed, self.name)
         check_patients(parts)
-        learnt = {_owner(part.case) for key in ("train", "val") for part in parts[key]}
+        learnt = {key: parts[key] for key in LEARNT}
         if n_train is not None:
             parts["train"] = _few(parts["train"], n_train, seed)
         given = None if spacing is None else check_spacing(spacing, "spacing")
         self._items = {key: [_Item(part, self.form, given) for part in parts[key]] for key in ordered(parts)}
-        left = [case for case in found if _owner(case) not in learnt]
+        owners = {_owner(part.case) for each in learnt.values() for part in each}
+        left = [case for case in found if _owner(case) not in owners]
         for key, test in (tests or {}).items():
             if key in self._items:
                 raise InputError(f"tests: {key!r} is the name of another split; choose another name")
             self._items[key] = self._test(key, test, left, given)
+            if not test.other_patients:
+                check_patients(learnt | {key: [item.part for item in self._items[key]]})
         self.splits = tuple(self._items)
         self._datasets: dict[str, _SliceDataset] = {}
 
@@ -317,6 +324,11 @@ class VolumeSource(Source):
             for key, each in self._items.items()
         }
         check_content(content)
+        looks = {
+            key: [(item.part.case.id, loaded[_key(item)].looks) for item in each if item.part.case.ordered]
+            for key, each in self._items.items()
+        }
+        check_copies(looks)
         return {
             key: _SliceDataset(
                 [(item.part, loaded[_key(item)]) for item in each],

@@ -392,6 +392,31 @@ def test_an_image_under_another_name_is_a_leak(build, twins, tmp_path, cache, co
         ACDCSource(str(root), size=SIZE, cache=cache).dataset("train")
 
 
+ALTERED = {
+    "rounded": lambda a: a.astype(np.float16).astype(a.dtype),
+    "mirrored": lambda a: a[..., ::-1],
+    "turned": lambda a: a.swapaxes(1, 2)[:, ::-1],
+    "brighter": lambda a: a * 0.8 + 0.1,
+}
+
+
+@pytest.mark.parametrize("altered", ALTERED)
+def test_a_volume_that_is_nearly_one_of_training_is_a_leak(build, twins, tmp_path, cache, altered):
+    root = tmp_path / "set"
+    shutil.copytree(twins("acdc", "wsl4mis"), root)
+    source = build("acdc", "wsl4mis")
+    learnt, tested = sorted(patients(source, "train"))[0], sorted(patients(source, "test"))[0]
+    folder = root / "ACDC_training_volumes"
+    with h5py.File(folder / f"{learnt}_frame01.h5") as file:
+        arrays = {key: ALTERED[altered](file[key][()]) for key in ("image", "label")}
+    with h5py.File(folder / f"{tested}_frame09.h5", "w") as file:
+        arrays["label"] = np.rint(np.clip(arrays["label"], 0, 3))
+        for key, array in arrays.items():
+            file[key] = array
+    with refused("leakage:", tested, "in test is nearly the same as", learnt, "in train, 6 of 6 slices"):
+        ACDCSource(str(root), size=32, cache=cache).dataset("train")
+
+
 def test_a_test_set_elsewhere_that_holds_training_images_is_a_leak(build, twins, tmp_path):
     root = tmp_path / "elsewhere"
     shutil.copytree(twins("acdc", "nifti") / "training", root / "training")
@@ -403,6 +428,26 @@ def test_a_test_set_elsewhere_that_holds_training_images_is_a_leak(build, twins,
     source = build("acdc", "nifti", tests={"other": ACDCTest(root=str(root))})
     with refused("leakage: an image of patient1", "in other"):
         source.dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "form", "other"), [("acdc", "nifti", "wsl4mis"), ("synapse", "transunet", "btcv")]
+)
+def test_a_patient_in_a_test_set_elsewhere_is_a_leak(build, twins, dataset, form, other):
+    """By its name, however the images were prepared; unless it is said that these are others."""
+    kind = ACDCTest if dataset == "acdc" else SynapseTest
+    root = str(twins(dataset, other))
+    for n_train in (None, 1):
+        with refused("leakage: patient", "in x", "other_patients"):
+            build(dataset, form, tests={"x": kind(root=root)}, n_train=n_train)
+
+    def names(split, **options):
+        source = build(dataset, form, tests={"x": kind(root=root, **options)})
+        return {item.part.case.patient for item in source._items[split]}
+
+    assert len(names("x", other_patients=True)) == CASES
+    held_out = names("test", other_patients=True)
+    assert names("x", cases=sorted(held_out)) == held_out
 
 
 # ------------------------------------------------------------------------------- cross-domain
@@ -635,6 +680,7 @@ def test_sources_from_yaml(twins, cache):
         "mapped": {"root": root, "pairs": pairs, "label_map": names},
         "prepared": {"root": str(twins("synapse", "transunet")), "cases": ["case0001"], "spacing": [3, 1, 1]},
     }
+    tests["prepared"]["other_patients"] = True
     options = {"root": str(twins("synapse", "transunet")), "size": [16, 14], "cache": cache, "tests": tests}
     given = {"class_path": "SynapseSource", "init_args": options | {"spacing": [3, 0.75, 0.8]}}
     source = parser.instantiate_classes(parser.parse_object({"source": given})).source
