@@ -78,6 +78,15 @@ def check_fractions(fractions: Mapping[str, float]) -> None:
         raise InputError(f"fractions sum to {sum(fractions.values()):g}; the sum must be at most 1")
 
 
+def check_files(cases: Sequence[Case]) -> None:
+    """Raise an InputError if what has the name of a file is a folder, or a link to nothing."""
+    for case in cases:
+        for path in (*case.images, *case.labels):
+            if not path.is_file():
+                what = "a link to nothing" if path.is_symlink() else "no file"
+                raise InputError(f"{path} is {what}: put the file there, or remove it with its case")
+
+
 def check_cases(cases: Sequence[Case]) -> None:
     """Raise an InputError if two cases have one id, or one patient was published on two sides."""
     by_id: dict[str, Case] = {}

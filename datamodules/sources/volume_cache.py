@@ -100,7 +100,7 @@ def cached(folder: Path, files: Sequence[Path], options: str, make: Callable[[],
 
     An entry is a folder that is named by the fingerprint of the options and of every file's path, size and
     time of change. It is written elsewhere and renamed, so that it is whole or absent, also when
-    several processes make it at once.
+    several processes make it at once. One that is damaged is made anew.
 
     Args:
         folder: of the cache.
@@ -112,14 +112,16 @@ def cached(folder: Path, files: Sequence[Path], options: str, make: Callable[[],
         InputError: the case cannot be made, or the cache cannot be written.
     """
     entry = folder / _fingerprint(files, options)
-    if not entry.is_dir():
-        slices = make()
+    if entry.is_dir():
         try:
-            _write(entry, slices)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: the cache cannot be written ({error}): set cache to a folder"
-            ) from error
+            return _load(entry)
+        except (OSError, EOFError, ValueError, KeyError):
+            shutil.rmtree(entry, ignore_errors=True)
+    slices = make()
+    try:
+        _write(entry, slices)
+    except OSError as error:
+        raise InputError(f"{folder}: the cache cannot be written ({error}): set cache to a folder") from error
     return _load(entry)
 
 

@@ -26,6 +26,7 @@ from datamodules.sources.splits import (
     check_cases,
     check_content,
     check_copies,
+    check_files,
     check_numbers,
     check_patients,
     ordered,
@@ -288,6 +289,7 @@ class VolumeSource(Source):
                 "set form to one of them"
             )
         cases = sorted(found[fitting[0].name], key=lambda case: case.id)
+        check_files(cases)
         check_cases(cases)
         check_numbers(cases)
         return fitting[0], cases
@@ -348,6 +350,7 @@ class VolumeSource(Source):
             form.intensity,
             item.spacing,
             case.numbers,
+            self.check_affines,
         )
         files = [*case.images, *case.labels]
         return cached(self._cache, files, repr(options), partial(_make, item, self.size))
@@ -454,7 +457,7 @@ def match_files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[t
         return []
     found = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(suffixes) or not path.is_file():
+        if path.name.startswith(".") or not path.name.endswith(suffixes):
             continue
         match = re.fullmatch(pattern, path.name)
         if match is None:

@@ -71,6 +71,19 @@ def remove(name):
     return lambda root, stem: (root / f"{stem}{name}").unlink()
 
 
+def link_to_nothing(name):
+    def apply(root, stem):
+        remove(name)(root, stem)
+        (root / f"{stem}{name}").symlink_to(root / "nowhere")
+
+    return apply
+
+
+def folder_for_file(root, stem):
+    remove("")(root, stem)
+    (root / stem).mkdir()
+
+
 def rewrite(**arrays):
     """Write an HDF5 or npz file anew, its arrays as functions of the old ones; None leaves one out."""
 
@@ -297,6 +310,14 @@ BROKEN = {
     ),
     "missing label file": ("acdc-nifti", FRAME, remove("_gt.nii.gz"), ("frame01.nii.gz has no label",)),
     "missing image file": ("mmwhs-nifti", CT, remove("_image.nii.gz"), ("1002_label.nii.gz has no image",)),
+    "link to nothing": (
+        "acdc-nifti",
+        FRAME,
+        link_to_nothing("_gt.nii.gz"),
+        ("_gt.nii.gz is a link to nothing",),
+    ),
+    "HDF5 link to nothing": ("acdc-wsl4mis", H5, link_to_nothing(""), (H5, "is a link to nothing")),
+    "folder for a file": ("acdc-wsl4mis", H5, folder_for_file, (H5, "is no file", "put the file there")),
     "label elsewhere": (
         "acdc-nifti",
         FRAME,

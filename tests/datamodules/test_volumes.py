@@ -543,6 +543,46 @@ def test_volumes_are_decoded_once(build, tmp_path, monkeypatch, twins):
     assert not list(cache.glob("*.partial"))
 
 
+def test_affines_are_checked_also_where_the_cache_has_a_volume_of_other_options(twins, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(twins("acdc", "nifti"), root)
+    path = root / "training" / "patient001" / "patient001_frame01_gt.nii.gz"
+    file = nibabel.load(path)
+    affine = file.affine.copy()
+    affine[0, 3] += 500
+    nibabel.save(nibabel.Nifti1Image(np.asarray(file.dataobj), affine), path)
+    options = {"size": SIZE, "cache": str(tmp_path / "cache")}
+    assert ACDCSource(str(root), check_affines=False, **options).dataset("train")
+    with refused(path, "lies up to 500 mm away"):
+        ACDCSource(str(root), **options).dataset("train")
+
+
+DAMAGED = {
+    "no facts": lambda entry: (entry / "facts.json").unlink(),
+    "facts of another kind": lambda entry: (entry / "facts.json").write_text("{}"),
+    "half a file": lambda entry: os.truncate(entry / "image.npy", 500),
+    "an empty file": lambda entry: os.truncate(entry / "looks.npy", 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_entries_are_made_anew(tmp_path, damage):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"1")
+    image = np.linspace(0, 1, 3 * 16 * 16, dtype=np.float32).reshape(3, 16, 16)
+
+    def make():
+        return volume_cache.resize(image, (image > 0.5).astype(np.uint8), None, (8, 8))
+
+    cache = tmp_path / "cache"
+    first = volume_cache.cached(cache, [file], "options", make)
+    wanted = np.array(first.image)
+    DAMAGED[damage](first.entry)
+    assert np.array_equal(volume_cache.cached(cache, [file], "options", make).image, wanted)
+    assert volume_cache.cached(cache, [file], "options", None).entry == first.entry
+    assert len(list(cache.iterdir())) == 1
+
+
 def test_slices_are_memory_mapped_also_in_another_process(build):
     source = build("acdc", "nifti")
     dataset = source.dataset("train")
