@@ -24,6 +24,7 @@ from datamodules.sources.volumes import (
     Form,
     VolumeSource,
     VolumeTest,
+    check_unknown,
     match_files,
     pair_cases,
     read_nifti_case,
@@ -185,12 +186,15 @@ def _folders(root: Path) -> list[Path]:
 
 def _find_nifti(root: Path, modality: str) -> list[Case]:
     pattern = re.compile(rf"({modality})_train_(\d{{4}})_(image|label)\.nii(\.gz)?")
+    form = f"{modality}_train_1001_image.nii.gz or …_label.nii.gz"
     files = []
     for folder in _folders(root):
         for path in sorted(folder.iterdir()):
             match = pattern.fullmatch(path.name)
             if match:
                 files.append((f"{match[1]}_{match[2]}", match[3], path))
+            else:
+                check_unknown(path, f"{modality}_train_", form)
     return pair_cases(files, lambda case: case)
 
 

@@ -466,6 +466,13 @@ def match_files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[t
     return found
 
 
+def check_unknown(path: Path, begin: str, form: str) -> None:
+    """Raise an InputError if a NIfTI file begins like those of a set, but its name is not of the form."""
+    name = path.name.lower()
+    if name.startswith(begin) and name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path}: the name is not of the form {form}: rename or move the file")
+
+
 def read_nifti_case(case: Case, plane: Plane, check_affines: bool, slices_first: bool = False) -> Raw:
     """Read a case of two NIfTI files; ``slices_first`` refuses swapped axes."""
     raw = read_nifti(case.images[0], case.labels[0], plane, check_affines)

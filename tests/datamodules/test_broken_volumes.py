@@ -84,6 +84,19 @@ def folder_for_file(root, stem):
     (root / stem).mkdir()
 
 
+def rename(old, new):
+    return lambda root, stem: (root / f"{stem}{old}").rename(root / f"{stem}{new}")
+
+
+def misnamed_pair(root, stem):
+    for old, new in (("_image", "_img"), ("_label", "_lbl")):
+        rename(f"{old}.nii.gz", f"{new}.nii.gz")(root, stem)
+
+
+def folder_of_another_name(root, stem):
+    (root / "training").rename(root / "train")
+
+
 def rewrite(**arrays):
     """Write an HDF5 or npz file anew, its arrays as functions of the old ones; None leaves one out."""
 
@@ -318,6 +331,25 @@ BROKEN = {
     ),
     "HDF5 link to nothing": ("acdc-wsl4mis", H5, link_to_nothing(""), (H5, "is a link to nothing")),
     "folder for a file": ("acdc-wsl4mis", H5, folder_for_file, (H5, "is no file", "put the file there")),
+    "misnamed pair": ("mmwhs-nifti", CT, misnamed_pair, ("1002_img.nii.gz: the name is not of the form",)),
+    "misnamed label": (
+        "acdc-nifti",
+        FRAME,
+        rename("_gt.nii.gz", "_label.nii.gz"),
+        ("frame01_label.nii.gz: the name is not of the form",),
+    ),
+    "suffix in capitals": (
+        "acdc-nifti",
+        FRAME,
+        rename(".nii.gz", ".NII.GZ"),
+        ("frame01.NII.GZ: the name is not of the form",),
+    ),
+    "folder of another name": (
+        "acdc-nifti",
+        FRAME,
+        folder_of_another_name,
+        ("train holds patients, and its name is neither training nor testing",),
+    ),
     "label elsewhere": (
         "acdc-nifti",
         FRAME,

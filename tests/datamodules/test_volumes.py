@@ -293,6 +293,27 @@ def test_stored_plane_is_the_third_axis(tmp_path):
     assert raw.image.shape == (4, 3, 5)
 
 
+@pytest.mark.parametrize(("unit", "scale"), [("meter", 1e-3), ("micron", 1e3), ("mm", 1), ("unknown", 1)])
+def test_units_of_the_header(tmp_path, unit, scale):
+    """Spacing is in mm whatever the header counts in, and so are the affines that are compared."""
+    volume = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    write_nifti(tmp_path / "label.nii", volume, (2.0, 0.5, 0.25))
+    file = nibabel.load(tmp_path / "label.nii")
+    image = nibabel.Nifti1Image(np.asarray(file.dataobj), np.diag([scale] * 3 + [1]) @ file.affine)
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "image.nii")
+    raw = read_nifti(tmp_path / "image.nii", tmp_path / "label.nii", "axial")
+    assert raw.spacing == pytest.approx((2.0, 0.5, 0.25))
+
+
+def test_folders_of_acdc_in_other_letters(build, twins, tmp_path, cache):
+    root = tmp_path / "set"
+    shutil.copytree(twins("acdc", "nifti"), root)
+    (root / "training").rename(root / "Training")
+    source = ACDCSource(str(root), size=SIZE, cache=cache, split="published")
+    assert patients(source, "train") == patients(build("acdc", "nifti", split="published"), "train")
+
+
 def test_oblique_volumes_take_the_nearest_axes(tmp_path):
     volume = np.arange(1, 61, dtype=np.int16).reshape(3, 4, 5)
     angle = np.deg2rad(20)
