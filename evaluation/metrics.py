@@ -237,7 +237,7 @@ class SegmentationScore(Metric):
         own = [pieces[i] for i in self._stacks[first]]
         sizes = sorted({piece[1:] for piece in own})
         if len(sizes) > 1:
-            raise ValueError(f"the slices of case {self.volumes[first].case} have several sizes, {sizes}")
+            raise ValueError(f"the slices of case {self.case_name(first)} have several sizes, {sizes}")
         if first not in self._scored or self._scored[first][0] != own:
             prediction, target = np.stack([_decompress(*piece) for piece in own], axis=1)  # each (D, H, W)
             self._scored[first] = (own, self._score(first, prediction, target))

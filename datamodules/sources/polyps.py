@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ from numpy.random import default_rng
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import pdist, squareform
+from scipy.spatial.distance import cdist, pdist, squareform
 
 from datamodules.sources.folder import Folder, Pair, PairSource, expand, make_format, pair_files
 from errors import InputError
@@ -106,7 +107,7 @@ class PolypsSource(PairSource):
     Raises:
         InputError: ``root`` has neither form or both, a named set is not there, images and masks do not
             pair, an image cannot be read or is not RGB with 8 bits, the same image is in the sets trained
-            on twice or in them and in a test set, or the split is impossible.
+            on twice or, nearly the same, in two sets of which one is trained on, or the split is impossible.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class PolypsSource(PairSource):
         folders = {key: shelf.read(key) for key in [*train_on, *others]}
         looks = _look_at([pair for kept in folders.values() for pair in kept.all.values()])
         _check_leaks(train_on, folders, looks)
+        _check_copies(train_on, folders, looks)
         _warn_of_counts(folders, shelf.root)
 
         parts: dict[str, dict[str, list[Pair]]] = {
@@ -417,3 +419,19 @@ def _check_leaks(train_on: Sequence[str], folders: Mapping[str, _Kept], looks: M
                 )
             if key in train_on:
                 seen[looks[pair.image].digest] = pair.image
+
+
+def _check_copies(train_on: Sequence[str], folders: Mapping[str, _Kept], looks: Mapping[Path, _Look]) -> None:
+    """Refuse an image of a set trained on that nearly coincides with one of another set."""
+    pairs = {key: list(kept.all.values()) for key, kept in folders.items()}
+    small = {key: np.stack([looks[pair.image].small for pair in each]) for key, each in pairs.items()}
+    for key, other in combinations(sorted(folders, key=lambda key: key not in train_on), 2):
+        if key not in train_on:
+            continue
+        apart = cdist(small[key], small[other], "cityblock")
+        i, j = np.unravel_index(apart.argmin(), apart.shape)
+        if apart[i, j] < ALIKE * LOOK_SIZE**2:
+            raise InputError(
+                f"{pairs[key][i].image} and {pairs[other][j].image} are nearly the same image, which leaks "
+                "from training into a test: remove one, with its mask"
+            )

@@ -417,6 +417,24 @@ BROKEN = {
         rewrite(image=lambda a: a * 255),
         (H5, "values from 0 to 255", "set rescale"),
     ),
+    "values that are not standardised": (
+        "mmwhs-adaptation",
+        "ct_test_1003.npz",
+        rewrite(arr_0=lambda a: a * 500),
+        ("ct_test_1003.npz has values from", "outside -2.8 to 3.2", "set rescale"),
+    ),
+    "swapped axes of npz": (
+        "mmwhs-adaptation",
+        "ct_test_1003.npz",
+        rewrite(arr_0=lambda a: a.transpose(2, 0, 1), arr_1=lambda a: a.transpose(2, 0, 1)),
+        ("ct_test_1003.npz: axes are swapped, the volume has 28 slices of 6 × 32",),
+    ),
+    "swapped axes of square npz": (
+        "mmwhs-adaptation",
+        "ct_test_1003.npz",
+        rewrite(**{f"arr_{k}": lambda a: np.repeat(a[:28], 4, 2).transpose(2, 0, 1) for k in (0, 1)}),
+        ("ct_test_1003.npz: axes are swapped, its slices would have 24 × 28",),
+    ),
     "unknown case in a list": (
         "acdc-wsl4mis",
         H5,
@@ -472,6 +490,14 @@ def test_broken_data_sets_are_refused(intact, tmp_path, name):
 @pytest.mark.parametrize("key", sorted({key for key, *_ in BROKEN.values()}))
 def test_the_same_sets_are_read_when_they_are_whole(intact, tmp_path, key):
     assert len(read(intact(key), key, "", tmp_path)) > 0
+
+
+def test_missing_slices_of_a_pile_are_said(intact, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(intact("mmwhs-adaptation"), root)
+    (root / "ct_train_slice2.npz").unlink()
+    with pytest.warns(UserWarning, match=r"1 slices are missing between ct_train_slice0.npz .* number 2"):
+        read(root, "mmwhs-adaptation", "", tmp_path / "cache")
 
 
 def test_every_kind_has_its_own_message(intact, tmp_path):
