@@ -157,6 +157,14 @@ class MMWHSSource(VolumeSource):
             return self.root
         return super()._elsewhere(test)
 
+    def _remedy(self, root: Path) -> str:
+        if not any(path for folder in _folders(root) for path in folder.glob("*.tfrecord*")):
+            return ""
+        return (
+            ". TensorFlow's records are not read: save each as npz, the image as arr_0 and the label as "
+            "arr_1, under the same name"
+        )
+
     def _labels(self) -> LabelMap:
         values = {0: "background"} | STRUCTURES
         if self.stray:

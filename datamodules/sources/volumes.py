@@ -257,7 +257,7 @@ class VolumeSource(Source):
         form, cases, where = self.form, list(left), f"tests: {key}"
         root = self._elsewhere(test)
         if root is not None:
-            form, cases = self._locate(root, self._forms(test), test.form)
+            form, cases = self._locate(root, self._forms(test), test.form, f"{where}: ")
             spacing = None
         elif test.form is not None:
             raise InputError(f"{where}: form is given without root; give both")
@@ -268,7 +268,13 @@ class VolumeSource(Source):
             raise InputError(f"{where}: no case is left for it; it takes those in neither train nor val")
         return [_Item(Part(case), form, spacing) for case in chosen]
 
-    def _locate(self, root: Path, forms: Sequence[Form], wanted: str | None) -> tuple[Form, list[Case]]:
+    def _remedy(self, root: Path) -> str:
+        """Return what to do about a folder that fits no form, where that can be told; else nothing."""
+        return ""
+
+    def _locate(
+        self, root: Path, forms: Sequence[Form], wanted: str | None, where: str = ""
+    ) -> tuple[Form, list[Case]]:
         """Return the form of a folder and its cases, or raise an InputError that shows what lies there."""
         if not root.is_dir():
             raise InputError(f"{root} is not a folder: check root")
@@ -281,7 +287,8 @@ class VolumeSource(Source):
         if not fitting:
             known = "; ".join(f"{form.name}: {form.layout}" for form in forms if wanted in (None, form.name))
             raise InputError(
-                f"{root} fits no form of {self.title}. Known forms: {known}. It holds {_shown(root)}"
+                f"{where}{root} fits no form of {self.title}. Known forms: {known}. It holds "
+                f"{_shown(root)}{self._remedy(root)}"
             )
         if len(fitting) > 1:
             raise InputError(

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from datamodules.sources import ACDCSource, ACDCTest, MMWHSSource, SynapseSource, SynapseTest
+from datamodules.sources import ACDCSource, ACDCTest, MMWHSSource, MMWHSTest, SynapseSource, SynapseTest
 from datamodules.sources.mmwhs import ADAPTATION
 from datamodules.sources.synapse import Pair
 from datamodules.twins import write_twin
@@ -95,6 +95,11 @@ def misnamed_pair(root, stem):
 
 def folder_of_another_name(root, stem):
     (root / "training").rename(root / "train")
+
+
+def records(root, stem):
+    emptied(root, stem)
+    (root / "ct_train_slice0.tfrecords").write_bytes(b"1")
 
 
 def rewrite(**arrays):
@@ -435,6 +440,16 @@ BROKEN = {
         rewrite(**{f"arr_{k}": lambda a: np.repeat(a[:28], 4, 2).transpose(2, 0, 1) for k in (0, 1)}),
         ("ct_test_1003.npz: axes are swapped, its slices would have 24 × 28",),
     ),
+    "TensorFlow's records": (
+        "mmwhs-adaptation",
+        "",
+        records,
+        (
+            "fits no form of MM-WHS",
+            "It holds ct_train_slice0.tfrecords. TensorFlow's records are not read",
+            "npz",
+        ),
+    ),
     "unknown case in a list": (
         "acdc-wsl4mis",
         H5,
@@ -530,6 +545,12 @@ PAIRS = {"a": Pair("img/img0005.nii.gz", "label/label0005.nii.gz")}
         ("acdc", "nifti", {"tests": {"x": ACDCTest(form="nifti")}}, "form is given without root"),
         ("acdc", "nifti", {"where": {"Group": ["XYZ"]}}, "has Group 'XYZ'"),
         ("mmwhs", "nifti", {"modality": "pet"}, "modality is 'pet'"),
+        (
+            "mmwhs",
+            "nifti",
+            {"tests": {"mr": MMWHSTest(root=".", modality="mr")}},
+            "tests: mr: . fits no form",
+        ),
         ("mmwhs", "nifti", {"structures": ["liver"]}, "'liver' is none of myocardium"),
         ("mmwhs", "nifti", {"structures": ["myocardium"] * 2}, "each once"),
         ("mmwhs", "adaptation", {}, "have no right atrium"),
