@@ -43,20 +43,24 @@ class LabelMap:
         Raises:
             InputError: the file has a value that the map does not know.
         """
-        known = np.array([value for value, _ in self.classes])
-        classes = np.array([each for _, each in self.classes], np.uint8)
-        order = np.argsort(known)
-        known, classes = known[order], classes[order]
-        position = np.minimum(np.searchsorted(known, label), len(known) - 1)
-        unknown = np.unique(label[known[position] != label])
+        known = sorted(value for value, _ in self.classes)
+        positions, unknown = lookup(label, [value for value, _ in self.classes])
         if unknown.size:
             shown = ", ".join(map(str, unknown[:8])) + (", …" if unknown.size > 8 else "")
             hint = dict(self.hints).get(int(unknown[0]), "correct the mask or name another label map")
-            values = ", ".join(map(str, known[:12])) + (", …" if known.size > 12 else "")
+            values = ", ".join(map(str, known[:12])) + (", …" if len(known) > 12 else "")
             raise InputError(f"{path} has the label {shown}; those of {self.name} are {values}: {hint}")
-        return classes[position]
+        return np.array([each for _, each in self.classes], np.uint8)[positions]
 
 
 def identity(name: str, count: int) -> LabelMap:
     """Return the map of files whose values are the classes 0 … ``count`` − 1."""
     return LabelMap(name, tuple((k, k) for k in range(count)))
+
+
+def lookup(values: NDArray[np.int64], known: Sequence[int]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """Return the place of each value among those known, in any order, and the others among them."""
+    order = np.argsort(known)
+    rising = np.asarray(known)[order]
+    position = np.minimum(np.searchsorted(rising, values), len(rising) - 1)
+    return order[position], np.unique(values[rising[position] != values])

@@ -23,7 +23,8 @@ from PIL import Image
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist, pdist, squareform
 
-from datamodules.sources.folder import Folder, Pair, PairSource, expand, make_format, pair_files
+from datamodules.sources.folder import Folder, Pair, PairSource, decoding, expand, make_format, pair_files
+from datamodules.sources.listing import shown
 from errors import InputError
 
 
@@ -204,7 +205,7 @@ class _Shelf:
             both = [path.name for path in (*packed.values(), *raw.values()) if path]
             raise InputError(f"{root} has PraNet's form and the raw one ({', '.join(both)}): keep one")
         if not any(packed.values()) and not raw:
-            raise InputError(f"{root} fits no known form. Known are {KNOWN_FORMS}. Found: {_shown(root)}")
+            raise InputError(f"{root} fits no known form. Known are {KNOWN_FORMS}. Found: {shown(root)}")
         self.form = "raw" if raw else "PraNet"
         self._training: dict[str, _Pairs] = {key: {} for key in SETS}
         self._home = root
@@ -224,7 +225,7 @@ class _Shelf:
         if path is None:
             raise InputError(
                 f"{self._home} has no {SETS[key].folders[0]}: add it, or take {key} out of tests; "
-                f"found: {_shown(self._home)}"
+                f"found: {shown(self._home)}"
             )
         test = {stem: replace(pair, stem=f"{key}-{stem}") for stem, pair in _pairs(path).items()}
         training = self._training[key]
@@ -238,7 +239,7 @@ class _Shelf:
 
 def _needed(path: Path | None, name: str, root: Path) -> Path:
     if path is None:
-        raise InputError(f"{root} has no {name}, and PraNet's form needs it; found: {_shown(root)}")
+        raise InputError(f"{root} has no {name}, and PraNet's form needs it; found: {shown(root)}")
     return path
 
 
@@ -255,12 +256,6 @@ def _named(folder: Path, names: Iterable[str]) -> Path | None:
     return found[0] if found else None
 
 
-def _shown(folder: Path) -> str:
-    """What lies in a folder, for messages."""
-    names = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())]
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
-
-
 def _pairs(folder: Path) -> _Pairs:
     """Find the images and the masks of one set, and pair them by file name."""
     for inside in (folder / name for name in _PACKED):
@@ -271,7 +266,7 @@ def _pairs(folder: Path) -> _Pairs:
             return pair_files(Folder(str(inside), images.name, masks.name))
     raise InputError(
         f"{folder} has no two folders images and masks, image and mask, or Original and Ground Truth; "
-        f"found: {_shown(folder)}"
+        f"found: {shown(folder)}"
     )
 
 
@@ -376,14 +371,11 @@ def _look_at(pairs: Sequence[Pair]) -> dict[Path, _Look]:
 
 
 def _look(path: Path) -> _Look:
-    try:
-        with Image.open(path) as file:
-            # Pillow reads 16 bits a channel as the upper 8 and says so only here, before it reads.
-            deep = ";16" in str(file.tile) and file.mode in ("RGB", "RGBA")
-            mode = file.mode
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be decoded ({error}): replace the file") from error
+    with decoding(path), Image.open(path) as file:
+        # Pillow reads 16 bits a channel as the upper 8 and says so only here, before it reads.
+        deep = ";16" in str(file.tile) and file.mode in ("RGB", "RGBA")
+        mode = file.mode
+        image = file.convert("RGB")
     if deep:
         raise InputError(f"{path} has 16 bits a channel, and the published images have 8: save it with 8")
     if mode in _SHADES:

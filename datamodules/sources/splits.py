@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.sources.listing import read_lines
 from errors import InputError
 
 LEARNT = ("train", "val")
@@ -197,14 +198,8 @@ def split_by_lists(cases: Sequence[Case], lists: Mapping[str, Path]) -> Split:
 
 
 def _read_list(path: Path, known: Mapping[str, list[Case]]) -> list[Part]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the list, or split otherwise") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a text file: {error}") from error
     taken: dict[str, tuple[Case, list[int] | None]] = {}
-    for line in filter(None, lines):
+    for line in read_lines(path):
         name = _SUFFIXES.sub("", line.replace("\\", "/").rsplit("/", 1)[-1])
         found = _SLICE.match(name)
         if name in known:

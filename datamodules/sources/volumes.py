@@ -17,6 +17,7 @@ from tqdm import tqdm
 from datamodules.sources.folder import DEFAULT_FRACTIONS, expand
 from datamodules.sources.intensity import Intensity
 from datamodules.sources.labels import LabelMap
+from datamodules.sources.listing import shown, similar
 from datamodules.sources.source import Sample, Source, Volume
 from datamodules.sources.splits import (
     LEARNT,
@@ -55,7 +56,6 @@ from errors import InputError
 
 READERS = 2
 """Volumes that are read at once; a large CT takes about 1 GB while it is read."""
-SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class VolumeSource(Source):
             known = "; ".join(f"{form.name}: {form.layout}" for form in forms if wanted in (None, form.name))
             raise InputError(
                 f"{where}{root} fits no form of {self.title}. Known forms: {known}. It holds "
-                f"{_shown(root)}{self._remedy(root)}"
+                f"{shown(root)}{self._remedy(root)}"
             )
         if len(fitting) > 1:
             raise InputError(
@@ -444,11 +444,6 @@ def _owner(case: Case) -> str:
     return case.patient or case.id
 
 
-def _shown(root: Path) -> str:
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
-    return f"{', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}" if names else "nothing"
-
-
 # ------------------------------------------------------------------------- what forms are made of
 
 
@@ -545,17 +540,21 @@ def pair_cases(
     Raises:
         InputError: an image has no label or the reverse, or two files are the same part of one case.
     """
-    found: dict[tuple[str, str], Path] = {}
+    found: dict[str, dict[str, Path]] = {}
     for case, kind, path in files:
-        other = found.setdefault((case, kind), path)
+        other = found.setdefault(case, {}).setdefault(kind, path)
         if other != path:
             raise InputError(f"{path} and {other} have one id, {case}: rename or remove one of them")
-    cases = []
-    for name in sorted({case for case, _ in found}):
-        image, label = found.get((name, "image")), found.get((name, "label"))
-        if label is None:
-            raise InputError(f"{image} has no label: add its label file, or remove the image")
-        if image is None:
-            raise InputError(f"{label} has no image: add its image file, or remove the label")
-        cases.append(Case(name, patient(name), (image,), (label,), side=side))
-    return cases
+    alone = [
+        (case, kind, path) for case, both in found.items() if len(both) == 1 for kind, path in both.items()
+    ]
+    for case, kind, path in sorted(alone):
+        wanted = "label" if kind == "image" else "image"
+        others = [other.name for name, _, other in alone if name != case]
+        raise InputError(
+            f"{path} has no {wanted}: add its {wanted} file, or remove it{similar(path.name, others)}"
+        )
+    return [
+        Case(case, patient(case), (found[case]["image"],), (found[case]["label"],), side=side)
+        for case in sorted(found)
+    ]

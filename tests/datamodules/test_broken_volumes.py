@@ -349,6 +349,12 @@ BROKEN = {
         rename(".nii.gz", ".NII.GZ"),
         ("frame01.NII.GZ: the name is not of the form",),
     ),
+    "number of fewer digits": (
+        "acdc-nifti",
+        "training/patient001/patient001_",
+        rename("frame01.nii.gz", "frame1.nii.gz"),
+        ("frame01_gt.nii.gz has no image", "is patient001_frame1.nii.gz it?"),
+    ),
     "folder of another name": (
         "acdc-nifti",
         FRAME,

@@ -365,7 +365,7 @@ def test_lists_name_patients_cases_or_slices(build, twins):
     root = twins("acdc", "wsl4mis")
     (root / "a.txt").write_text("patient001\npatient002_frame01.h5\n")
     (root / "b.txt").write_text("patient003_frame01_slice_4.h5\nslices/patient003_frame01_slice_2\n\n")
-    (root / "c.txt").write_text("patient004_frame09\n")
+    (root / "c.txt").write_text("patient004_frame09\n", encoding="utf-8-sig")
     source = build("acdc", "wsl4mis", lists={"train": "a.txt", "val": "b.txt", "test": "c.txt"})
     assert [len(source.dataset(name)) for name in source.splits] == [3 * DEPTH, 2, DEPTH]
     assert [each["id"][-3:] for each in source.dataset("val")] == ["002", "004"]
