@@ -39,7 +39,8 @@ def check_image_set(source: Source, network: Backbone | Segmenter, argument: str
     wrong = network.misfit(source.size) if whole and isinstance(network, Segmenter) else None
     if wrong:
         raise InputError(
-            f"{argument}: {source.name} has {wrong}; set the size of the data to match, or give another"
+            f"{argument}: {source.name} has {wrong}; set the size of the data to match, or give another "
+            "network"
         )
 
 

@@ -220,8 +220,8 @@ def _read_list(path: Path, known: Mapping[str, list[Case]]) -> list[Part]:
     return [Part(case, None if numbers is None else tuple(numbers)) for case, numbers in taken.values()]
 
 
-def check_patients(split: Mapping[str, Sequence[Part]]) -> None:
-    """Raise an InputError if a patient is in train or val and in another split too."""
+def check_patients(split: Mapping[str, Sequence[Part]], hint: str = "") -> None:
+    """Raise an InputError that ends in a hint if a patient is in train or val and in another split too."""
     owners: dict[str, tuple[str, str]] = {}
     for name in ordered(split):
         for part in split[name]:
@@ -232,7 +232,7 @@ def check_patients(split: Mapping[str, Sequence[Part]]) -> None:
             if owner != name and owner in LEARNT:
                 raise InputError(
                     f"leakage: patient {patient} is in {owner} ({first}) and in {name} ({part.case.id}): "
-                    "keep a patient in one split; other_patients says that those of a test set are others"
+                    f"keep a patient in one split{hint}"
                 )
 
 

@@ -207,7 +207,8 @@ class VolumeSource(Source):
                 raise InputError(f"tests: {key!r} is the name of another split; choose another name")
             self._items[key] = self._test(key, test, left, given)
             if not test.other_patients:
-                check_patients(learnt | {key: [item.part for item in self._items[key]]})
+                hint = ", or set other_patients for the test set if these are others of the same names"
+                check_patients(learnt | {key: [item.part for item in self._items[key]]}, hint)
         self.splits = tuple(self._items)
         self._datasets: dict[str, _SliceDataset] = {}
 
