@@ -475,14 +475,14 @@ def _levels(path: Path, mask: Image.Image, indexed: bool) -> NDArray[np.int64]:
 
 
 def _classes(path: Path, levels: NDArray[np.int64], values: tuple[int, ...]) -> Bytes:
-    classes, unknown = lookup(levels, values)
+    classes, unknown = lookup(levels, {value: k for k, value in enumerate(values)})
     if unknown.size:
         shown = ", ".join(str(value) for value in unknown[:8]) + (", …" if unknown.size > 8 else "")
         raise InputError(
             f"{path} has the label {shown}, which is no class: the classes have the values "
             f"{', '.join(map(str, values))}; set class_names and class_values, or correct the mask"
         )
-    return classes.astype(np.uint8)
+    return classes
 
 
 def _check_threshold(pairs: Sequence[Pair], peaks: Sequence[int], threshold: int) -> None:

@@ -44,13 +44,13 @@ class LabelMap:
             InputError: the file has a value that the map does not know.
         """
         known = sorted(value for value, _ in self.classes)
-        positions, unknown = lookup(label, [value for value, _ in self.classes])
+        classes, unknown = lookup(label, dict(self.classes))
         if unknown.size:
             shown = ", ".join(map(str, unknown[:8])) + (", …" if unknown.size > 8 else "")
             hint = dict(self.hints).get(int(unknown[0]), "correct the mask or name another label map")
             values = ", ".join(map(str, known[:12])) + (", …" if len(known) > 12 else "")
             raise InputError(f"{path} has the label {shown}; those of {self.name} are {values}: {hint}")
-        return np.array([each for _, each in self.classes], np.uint8)[positions]
+        return classes
 
 
 def identity(name: str, count: int) -> LabelMap:
@@ -58,9 +58,11 @@ def identity(name: str, count: int) -> LabelMap:
     return LabelMap(name, tuple((k, k) for k in range(count)))
 
 
-def lookup(values: NDArray[np.int64], known: Sequence[int]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-    """Return the place of each value among those known, in any order, and the others among them."""
-    order = np.argsort(known)
-    rising = np.asarray(known)[order]
-    position = np.minimum(np.searchsorted(rising, values), len(rising) - 1)
-    return order[position], np.unique(values[rising[position] != values])
+def lookup(
+    label: NDArray[np.int64], classes: Mapping[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the class of every value, of those that are known, and the values that are not."""
+    known = np.array(sorted(classes))
+    position = np.minimum(np.searchsorted(known, label), len(known) - 1)
+    unknown = np.unique(label[known[position] != label])
+    return np.array([classes[value] for value in known.tolist()], np.uint8)[position], unknown
