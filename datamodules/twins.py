@@ -213,12 +213,12 @@ def _acdc_wsl4mis(root: Path, cases: int, size: int, seed: int) -> None:
 def _synapse_cases(cases: int) -> tuple[list[str], list[str]]:
     """Names of the cases for training and of those for testing, 3 : 2 as TransUNet has them."""
     split = _first(cases, 0.6)
-    limit = len(TRAINING_CASES) + len(synapse.TEST_CASES)
-    train, test = TRAINING_CASES[:split], synapse.TEST_CASES[: cases - split]
-    train = tuple(name for name in TRAINING_CASES if name not in synapse.TEST_CASES)[:split]
+    learnt = [name for name in TRAINING_CASES if name not in synapse.TEST_CASES]
+    train, test = learnt[:split], synapse.TEST_CASES[: cases - split]
     if len(train) + len(test) < cases:
-        raise InputError(f"cases is {cases}; Synapse has fewer than {limit}: ask for 30 at most")
-    return list(train), list(test)
+        most = len(learnt) + len(synapse.TEST_CASES)
+        raise InputError(f"cases is {cases}; Synapse has {most}: ask for {most} at most")
+    return train, list(test)
 
 
 def _synapse_transunet(root: Path, cases: int, size: int, seed: int) -> None:

@@ -16,6 +16,7 @@ from evaluation.surfaces import Floats, Maps, score_case
 PROTOCOL = PROTOCOLS["paper"].rules()
 """How :class:`SegmentationScore` counts by default; goes wherever its figures go."""
 
+_IDS = 2**24  # ids below it are exact in float32
 _HEADER = 4  # numbers before the bytes of a slice: id, height, width, number of bytes
 
 
@@ -40,8 +41,8 @@ class SegmentationScore(Metric):
             for all of them where the argument is None.
 
     Raises:
-        ValueError: there is no foreground class, the spacing is not made of two or three positive numbers,
-            the protocol is not known, or the volumes lack slices, have one twice, or only some of the samples
+        ValueError: there is no foreground class, a spacing is not made of positive numbers, two or three, the
+            protocol is not known, or the volumes lack slices, have one twice, or only some of the samples
             have the spacing that the protocol wants.
     """
 
@@ -70,7 +71,7 @@ class SegmentationScore(Metric):
         self._check_spacing(spacing)
         self.spacing = None if spacing is None else tuple(map(float, spacing))
         # Flat states of float32, so that a process without any case gathers with the others.
-        # Per case its id (exact below 2^24), then the measures of every foreground class.
+        # Per case its id, then the measures of every foreground class.
         self.add_state("records", default=[], dist_reduce_fx="cat")
         # Per slice of a volume its id, height, width, number of bytes, and the bytes.
         self.add_state("slices", default=[], dist_reduce_fx="cat")
@@ -78,13 +79,18 @@ class SegmentationScore(Metric):
 
     def _check_spacing(self, spacing: Sequence[float] | None) -> None:
         if spacing is not None:
-            if len(spacing) not in (2, 3) or min(spacing) <= 0:
+            if len(spacing) not in (2, 3) or not _positive(spacing):
                 raise ValueError(
                     f"spacing needs two positive numbers (height, width), or three, not {spacing}"
                 )
             if self._stacks and len(spacing) == 2:
                 raise ValueError(
                     f"spacing of volumes needs three numbers (slice, height, width), not {spacing}"
+                )
+        for volume in self.volumes if self.rule.spacing else ():
+            if volume is not None and volume.spacing is not None and not _positive(volume.spacing):
+                raise ValueError(
+                    f"case {volume.case} has the spacing {volume.spacing}: give positive numbers, or None"
                 )
         known = [volume is not None and volume.spacing is not None for volume in self.volumes]
         if spacing is None and self.rule.spacing and any(known) and not all(known):
@@ -134,13 +140,20 @@ class SegmentationScore(Metric):
                 its place among the ``volumes``.
 
         Raises:
-            ValueError: shapes or the number of ids do not agree.
+            ValueError: shapes or the number of ids do not agree, labels are no integers or none of the
+                classes, or an id is out of its range.
         """
         if prediction.ndim != 3 or prediction.shape != target.shape or len(ids) != len(prediction):
             raise ValueError(
                 f"expected prediction and target (B, H, W) and B ids, not {tuple(prediction.shape)}, "
                 f"{tuple(target.shape)} and {len(ids)} ids"
             )
+        for name, maps in (("prediction", prediction), ("target", target)):
+            self._check_labels(name, maps)
+        limit = len(self.volumes) or _IDS
+        for i in map(int, ids):
+            if not 0 <= i < limit:
+                raise ValueError(f"id {i}: must be at least 0 and below {limit}")
         maps_p, maps_g = prediction.cpu().numpy(), target.cpu().numpy()
         for i, p, g in zip(map(int, ids), maps_p, maps_g, strict=True):
             if i in self._stack_of:
@@ -148,6 +161,18 @@ class SegmentationScore(Metric):
             else:
                 record = np.append(i, self._score(i, p, g))
                 self.records.append(torch.as_tensor(record, dtype=torch.float32, device=self.device))
+
+    def _check_labels(self, name: str, maps: Tensor) -> None:
+        """Raise unless every label is one of the classes."""
+        if maps.is_floating_point() or maps.is_complex():
+            raise ValueError(
+                f"{name} is of type {maps.dtype}: give class maps of integers, not probabilities"
+            )
+        if maps.numel() and not 0 <= int(maps.min()) <= int(maps.max()) < len(self.class_names):
+            raise ValueError(
+                f"{name} has labels from {int(maps.min())} to {int(maps.max())}, and the classes are 0 to "
+                f"{len(self.class_names) - 1}: map the others to classes first"
+            )
 
     def compute(self) -> dict[str, float]:
         """Return the means over all cases.
@@ -210,6 +235,9 @@ class SegmentationScore(Metric):
     def _score_stack(self, first: int, pieces: dict[int, tuple[bytes, int, int]]) -> Floats:
         """Return the scores (K, M) of a volume, computed once for what has come."""
         own = [pieces[i] for i in self._stacks[first]]
+        sizes = sorted({piece[1:] for piece in own})
+        if len(sizes) > 1:
+            raise ValueError(f"the slices of case {self.case_name(first)} have several sizes, {sizes}")
         if first not in self._scored or self._scored[first][0] != own:
             prediction, target = np.stack([_decompress(*piece) for piece in own], axis=1)  # each (D, H, W)
             self._scored[first] = (own, self._score(first, prediction, target))
@@ -246,6 +274,10 @@ def stacks(volumes: Sequence[Volume | None]) -> dict[int, tuple[int, ...]]:
             raise ValueError(f"case {case} has {len(slices)} of {facts[case][0]} slices")
     ordered = [tuple(slices[k] for k in sorted(slices)) for slices in cases.values()]
     return {ids[0]: ids for ids in ordered}
+
+
+def _positive(spacing: Sequence[float]) -> bool:
+    return all(np.isfinite(each) and each > 0 for each in spacing)
 
 
 def _pack(i: int, prediction: Maps, target: Maps) -> Tensor:

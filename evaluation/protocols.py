@@ -7,7 +7,7 @@ distances and the values where a mask is empty. ``docs/metrics.md`` has the pres
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Measure = Literal["dsc", "nsd", "asd", "assd", "hd", "hd95"]
 PresetName = Literal["paper", "transunet", "nnunet", "acdc"]
@@ -81,7 +81,8 @@ class Protocol:
         follows: whose code or text the protocol follows.
 
     Raises:
-        ValueError: there is nothing to measure, a measure is unknown, or NSD has no tolerance.
+        ValueError: there is nothing to measure, a measure or another choice is unknown, or NSD has no
+            tolerance.
     """
 
     name: str
@@ -100,6 +101,9 @@ class Protocol:
         unknown = set(self.measures) - set(get_args(Measure))
         if unknown or not self.measures:
             raise ValueError(f"measures {self.measures}: choose some of {', '.join(get_args(Measure))}")
+        for key, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, key) not in get_args(kind):
+                raise ValueError(f"{key} {getattr(self, key)!r}: choose {' or '.join(get_args(kind))}")
         if "nsd" in self.measures and not (self.tolerance is not None and self.tolerance >= 0):
             raise ValueError(f"NSD needs a tolerance of at least 0, not {self.tolerance}")
 

@@ -14,16 +14,17 @@ from networks.pretrained import Pretrained, load_pretrained
 Network = TypeVar("Network", bound=Pretrained)
 
 
-def check_image_set(source: Source, network: Backbone | Segmenter, argument: str) -> None:
+def check_image_set(source: Source, network: Backbone | Segmenter, argument: str, whole: bool = True) -> None:
     """Raise unless a network fits the images of a source.
 
     Args:
         source: where the images come from.
         network: what reads or makes such images.
         argument: the command-line argument that configures the network.
+        whole: whether a segmenter is given whole images; windows of them have its own size.
 
     Raises:
-        InputError: channels or classes differ.
+        InputError: channels, classes or sizes differ.
     """
     if network.image_channels != source.channels:
         raise InputError(
@@ -34,6 +35,12 @@ def check_image_set(source: Source, network: Backbone | Segmenter, argument: str
         raise InputError(
             f"{argument}: has {network.num_classes} classes, {source.name} has {source.num_classes} "
             f"({', '.join(source.class_names)}); set num_classes to match, or give a network trained on them"
+        )
+    wrong = network.misfit(source.size) if whole and isinstance(network, Segmenter) else None
+    if wrong:
+        raise InputError(
+            f"{argument}: {source.name} has {wrong}; set the size of the data to match, or give another "
+            "network"
         )
 
 

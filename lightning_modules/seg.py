@@ -148,9 +148,9 @@ class SegLitModule(L.LightningModule):
         """The network whose weights this stage hands on."""
         return self.segmenter
 
-    def check_data(self, source: Source) -> None:
-        """Raise unless the segmenter fits the images."""
-        check_image_set(source, self.segmenter, "model.segmenter")
+    def check_data(self, source: Source, whole: bool = False) -> None:
+        """Raise unless the segmenter fits the images; ``whole`` if it sees them so, however it infers."""
+        check_image_set(source, self.segmenter, "model.segmenter", whole or self.inference == "whole")
 
     def check_trained(self, ckpt_path: str | Path | None) -> None:
         """Raise unless there are weights to predict with, or a checkpoint is to be loaded."""
@@ -160,9 +160,9 @@ class SegLitModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the segmenter against the data and prepare the scores."""
         source: Source = self.trainer.datamodule.source  # type: ignore[attr-defined]
-        self.check_data(source)
-        # Training images that the data module has normalised already.
+        # Training images are patches that the data module has normalised already, or whole.
         self.normalised = getattr(self.trainer.datamodule, "normalisation", None) is not None  # type: ignore[attr-defined]
+        self.check_data(source, whole=stage == "fit" and not self.normalised)
         self.test_names = source.test_splits
         if stage in ("fit", "validate"):
             self.val_score = self._new_score("val")

@@ -95,7 +95,8 @@ class NNUNet(Segmenter):
         self.network.apply(InitWeights_He(1e-2))
         _forget_aliases(self.network)
         self.deep_supervision = deep_supervision
-        self.divisor = tuple(2 ** sum(stride[axis] == 2 for stride in strides) for axis in (0, 1))
+        height, width = (2 ** sum(stride[axis] == 2 for stride in strides) for axis in (0, 1))
+        self.divisor = (height, width)
 
     def normalise(self, image: Tensor) -> Tensor:
         """Normalise by channel as planned; without a plan, z-score per image, as nnU-Net does but for CT."""
@@ -106,11 +107,8 @@ class NNUNet(Segmenter):
         return (image - mean) / (std + 1e-5)
 
     def _fitting(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        if height % self.divisor[0] or width % self.divisor[1]:
-            raise ValueError(
-                f"image of {height} × {width} pixels: the edges must be multiples of {self.divisor}"
-            )
+        if wrong := self.misfit(image.shape[-2:]):
+            raise ValueError(wrong)
         return image
 
     def segment(self, normalised: Tensor) -> Tensor | list[Tensor]:

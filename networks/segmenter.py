@@ -20,17 +20,30 @@ class Segmenter(Pretrained, ABC):
         image_channels: image channels C.
         num_classes: classes K, background included.
         patch_size: height and width in pixels that the network is made for.
+        image_size: the only height and width that it takes; None takes every multiple of ``divisor``.
+        divisor: what height and width must be multiples of.
         normalisation: how each channel is normalised, where that is planned; None elsewhere.
     """
 
     image_channels: int
     num_classes: int
     patch_size: tuple[int, int]
+    image_size: tuple[int, int] | None = None
+    divisor: tuple[int, int] = (1, 1)
     normalisation: Sequence[Channel] | None = None
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Return logits of images in [−1, 1]."""
+
+    def misfit(self, size: Sequence[int]) -> str | None:
+        """Return what is wrong with images of ``size`` (H, W), and None where nothing is."""
+        given = f"images of {size[0]} × {size[1]} pixels"
+        if self.image_size is not None and tuple(size) != self.image_size:
+            return f"{given}: the network takes {self.image_size[0]} × {self.image_size[1]} alone"
+        if any(edge % divisor for edge, divisor in zip(size, self.divisor, strict=True)):
+            return f"{given}: the network takes multiples of {self.divisor[0]} × {self.divisor[1]}"
+        return None
 
     def normalise(self, image: Tensor) -> Tensor:
         """Return what the layers see of whole images in [−1, 1], of any size; as they are by default."""

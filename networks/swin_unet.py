@@ -89,8 +89,7 @@ class SwinUnet(Segmenter):
             )
         self.image_channels = in_channels
         self.num_classes = num_classes
-        self.size = size
-        self.patch_size = (size, size)
+        self.patch_size = self.image_size = (size, size)
         self.encoder = SwinTransformer(
             img_size=size,
             patch_size=patch_size,
@@ -171,9 +170,8 @@ class SwinUnet(Segmenter):
 
     def _encode(self, normalised: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the normalised deepest features ``(B, h, w, D)``, and what enters each level's blocks."""
-        if normalised.shape[-2:] != (self.size, self.size):
-            height, width = normalised.shape[-2:]
-            raise ValueError(f"image of {height} × {width} pixels: the network takes {self.size}²")
+        if wrong := self.misfit(normalised.shape[-2:]):
+            raise ValueError(wrong)
         x = self.encoder.patch_embed(normalised)
         skips = []
         stages: list[Any] = list(self.encoder.layers)

@@ -16,6 +16,7 @@ from datamodules.sources.volumes import (
     VolumeSource,
     VolumeTest,
     array_cases,
+    check_unknown,
     match_files,
     pair_cases,
     read_array_case,
@@ -30,6 +31,7 @@ KEYS = (("image", "label"),)
 # Folder of volumes and folder of slices.
 _FOLDERS = {"ssl4mis": ("data", "data/slices"), "wsl4mis": ("ACDC_training_volumes", "ACDC_training_slices")}
 _LISTS = {"train": "train_slices.list", "val": "val.list", "test": "test.list"}
+_SIDES = {"training": "train", "testing": "test"}
 _FRAME = re.compile(r"(patient\d+)_frame(\d+)(_gt)?\.nii(\.gz)?")
 
 
@@ -129,16 +131,30 @@ def _by_info(cases: Sequence[Case], asked: Mapping[str, Sequence[str]], where: s
 
 
 def _find_nifti(root: Path) -> list[Case]:
-    folders = []
-    for start in (root, root / "database"):
-        for side, name in (("train", "training"), ("test", "testing"), (None, "")):
-            folders += [(folder, side) for folder in sorted((start / name).glob("patient*/"))]
+    folders: list[tuple[Path, str | None]] = []
+    strays = []
+    for start in filter(Path.is_dir, (root, root / "database")):
+        folders += [(folder, None) for folder in _patients(start)]
+        for inside in sorted(path for path in start.iterdir() if path.is_dir()):
+            side, found = _SIDES.get(inside.name.lower()), _patients(inside)
+            if side is not None:
+                folders += [(folder, side) for folder in found]
+            elif found and inside != root / "database":
+                strays.append(inside)
+    if folders and strays:
+        raise InputError(
+            f"{strays[0]} holds patients, and its name is neither training nor testing: rename or move it"
+        )
     frames = [_frames(folder) for folder, _ in folders]
     cases = []
     for (folder, side), files in zip(folders, frames, strict=True):
         info = _info(folder / "Info.cfg")
         cases += [replace(case, info=info) for case in pair_cases(files, _patient, side)]
     return cases
+
+
+def _patients(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("patient*/") if path.name.removeprefix("patient").isdecimal())
 
 
 def _patient(case: str) -> str:
@@ -151,6 +167,7 @@ def _frames(folder: Path) -> list[tuple[str, str, Path]]:
     for path in sorted(folder.iterdir()):
         match = _FRAME.fullmatch(path.name)
         if match is None:
+            check_unknown(path, f"{folder.name}_frame", "patient001_frame01.nii.gz or …_frame01_gt.nii.gz")
             continue
         if match[1] != folder.name:
             raise InputError(
@@ -167,7 +184,7 @@ def _info(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a text file: {error}") from error
     return {

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from datamodules.sources.labels import lookup
+from datamodules.sources.listing import read_lines, similar
 from datamodules.sources.source import Sample, Source
 from datamodules.sources.splits import check_fractions, check_names, ordered, shuffled
 from errors import InputError
@@ -275,14 +278,12 @@ def pair_files(folder: Folder) -> dict[str, Pair]:
         raise InputError(f"{root} is not a folder: check root")
     images = files_by_stem(root / folder.images, "images")
     masks = files_by_stem(root / folder.masks, "masks")
-    for stem in sorted(images.keys() - masks.keys()):
-        raise InputError(
-            f"{images[stem]} has no mask: add {root / folder.masks / stem}.* or remove the image"
-        )
-    for stem in sorted(masks.keys() - images.keys()):
-        raise InputError(
-            f"{masks[stem]} has no image: add {root / folder.images / stem}.* or remove the mask"
-        )
+    paired = images.keys() & masks.keys()
+    for files, other, kind in ((images, folder.masks, "mask"), (masks, folder.images, "image")):
+        for stem in sorted(files.keys() - paired):
+            alone = [path.name for path in (root / other).iterdir() if path.stem not in paired]
+            near = similar(files[stem].name, alone)
+            raise InputError(f"{files[stem]} has no {kind}: add {root / other / stem}.* or remove it{near}")
     return {stem: Pair(stem, images[stem], masks[stem]) for stem in sorted(images)}
 
 
@@ -377,11 +378,7 @@ def _split_by_lists(
 
 def _read_list(path: Path, pairs: Mapping[str, Pair]) -> list[str]:
     """Stems of a list file; the suffix of an image file is allowed behind a stem."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a text file: {error}") from error
-    stems = [line[: -len(Path(line).suffix)] if _is_file_name(line) else line for line in lines if line]
+    stems = [line[: -len(Path(line).suffix)] if _is_file_name(line) else line for line in read_lines(path)]
     if not stems:
         raise InputError(f"{path} is empty: write one stem a line")
     for stem in stems:
@@ -403,10 +400,16 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         InputError: it cannot be decoded.
     """
+    with decoding(path), Image.open(path) as file:
+        file.load()
+        return file.copy()
+
+
+@contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Raise an InputError in place of what Pillow raises while it decodes a file."""
     try:
-        with Image.open(path) as file:
-            file.load()
-            return file.copy()
+        yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): replace the file") from error
 
@@ -472,17 +475,14 @@ def _levels(path: Path, mask: Image.Image, indexed: bool) -> NDArray[np.int64]:
 
 
 def _classes(path: Path, levels: NDArray[np.int64], values: tuple[int, ...]) -> Bytes:
-    order = np.argsort(values)
-    known = np.asarray(values)[order]
-    position = np.minimum(np.searchsorted(known, levels), len(known) - 1)
-    unknown = np.unique(levels[known[position] != levels])
+    classes, unknown = lookup(levels, {value: k for k, value in enumerate(values)})
     if unknown.size:
         shown = ", ".join(str(value) for value in unknown[:8]) + (", …" if unknown.size > 8 else "")
         raise InputError(
             f"{path} has the label {shown}, which is no class: the classes have the values "
             f"{', '.join(map(str, values))}; set class_names and class_values, or correct the mask"
         )
-    return order[position].astype(np.uint8)
+    return classes
 
 
 def _check_threshold(pairs: Sequence[Pair], peaks: Sequence[int], threshold: int) -> None:

@@ -54,6 +54,21 @@ class Window(Intensity):
 
 
 @dataclass(frozen=True)
+class StandardisedWindow(Window):
+    """A window for a file that is standardised already; one that lies mostly outside it is an error."""
+
+    def apply(self, image: Array, path: Path) -> Array:
+        """Return the volume ``(D, H, W)`` in [0, 1]."""
+        if np.mean((image < self.low) | (image > self.high)) > 0.5:
+            raise InputError(
+                f"{path} has values from {image.min():g} to {image.max():g}, most of them outside "
+                f"{self.low:g} to {self.high:g}; files of this form are standardised: prepare them again, or "
+                "set rescale to true if they hold the scanner's values"
+            )
+        return super().apply(image, path)
+
+
+@dataclass(frozen=True)
 class StandardWindow(Intensity):
     """Standardise the volume to mean 0 and standard deviation 1, then apply a window in these units."""
 

@@ -43,20 +43,26 @@ class LabelMap:
         Raises:
             InputError: the file has a value that the map does not know.
         """
-        known = np.array([value for value, _ in self.classes])
-        classes = np.array([each for _, each in self.classes], np.uint8)
-        order = np.argsort(known)
-        known, classes = known[order], classes[order]
-        position = np.minimum(np.searchsorted(known, label), len(known) - 1)
-        unknown = np.unique(label[known[position] != label])
+        known = sorted(value for value, _ in self.classes)
+        classes, unknown = lookup(label, dict(self.classes))
         if unknown.size:
             shown = ", ".join(map(str, unknown[:8])) + (", …" if unknown.size > 8 else "")
             hint = dict(self.hints).get(int(unknown[0]), "correct the mask or name another label map")
-            values = ", ".join(map(str, known[:12])) + (", …" if known.size > 12 else "")
+            values = ", ".join(map(str, known[:12])) + (", …" if len(known) > 12 else "")
             raise InputError(f"{path} has the label {shown}; those of {self.name} are {values}: {hint}")
-        return classes[position]
+        return classes
 
 
 def identity(name: str, count: int) -> LabelMap:
     """Return the map of files whose values are the classes 0 … ``count`` − 1."""
     return LabelMap(name, tuple((k, k) for k in range(count)))
+
+
+def lookup(
+    label: NDArray[np.int64], classes: Mapping[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return the class of every value, of those that are known, and the values that are not."""
+    known = np.array(sorted(classes))
+    position = np.minimum(np.searchsorted(known, label), len(known) - 1)
+    unknown = np.unique(label[known[position] != label])
+    return np.array([classes[value] for value in known.tolist()], np.uint8)[position], unknown

@@ -1,6 +1,7 @@
 """MM-WHS (Zhuang & Shen, MedIA 2016): the whole heart in CT and in MR, of different patients."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from datamodules.sources.intensity import StandardWindow, Window
+from datamodules.sources.intensity import StandardisedWindow, StandardWindow
 from datamodules.sources.labels import LabelMap
 from datamodules.sources.splits import Case, Split
 from datamodules.sources.volume_files import (
@@ -17,6 +18,7 @@ from datamodules.sources.volume_files import (
     check_image,
     check_label,
     check_shapes,
+    check_slices_first,
     read_npz,
     read_slices,
 )
@@ -24,6 +26,7 @@ from datamodules.sources.volumes import (
     Form,
     VolumeSource,
     VolumeTest,
+    check_unknown,
     match_files,
     pair_cases,
     read_nifti_case,
@@ -144,7 +147,7 @@ class MMWHSSource(VolumeSource):
                 partial(_find_adaptation, modality=modality, check=self._check_adaptation),
                 partial(_read_adaptation, turn=self.turn_volumes),
                 LabelMap.of_names("the prepared files", dict(enumerate(ADAPTATION)), self.class_names),
-                raw if self.rescale else Window(low, high),
+                raw if self.rescale else StandardisedWindow(low, high),
                 f"turn={self.turn_volumes}",
             ),
         ]
@@ -153,6 +156,14 @@ class MMWHSSource(VolumeSource):
         if test.root is None and isinstance(test, MMWHSTest) and test.modality not in (None, self.modality):
             return self.root
         return super()._elsewhere(test)
+
+    def _remedy(self, root: Path) -> str:
+        if not any(path for folder in _folders(root) for path in folder.glob("*.tfrecord*")):
+            return ""
+        return (
+            ". TensorFlow's records are not read: save each as npz, the image as arr_0 and the label as "
+            "arr_1, under the same name"
+        )
 
     def _labels(self) -> LabelMap:
         values = {0: "background"} | STRUCTURES
@@ -185,12 +196,15 @@ def _folders(root: Path) -> list[Path]:
 
 def _find_nifti(root: Path, modality: str) -> list[Case]:
     pattern = re.compile(rf"({modality})_train_(\d{{4}})_(image|label)\.nii(\.gz)?")
+    form = f"{modality}_train_1001_image.nii.gz or …_label.nii.gz"
     files = []
     for folder in _folders(root):
         for path in sorted(folder.iterdir()):
             match = pattern.fullmatch(path.name)
             if match:
                 files.append((f"{match[1]}_{match[2]}", match[3], path))
+            else:
+                check_unknown(path, f"{modality}_train_", form)
     return pair_cases(files, lambda case: case)
 
 
@@ -223,11 +237,24 @@ def _find_adaptation(root: Path, modality: str, check: Any) -> list[Case]:
             raise InputError(
                 f"{files[twice]} and {files[twice - 1]} have one id: rename or remove one of them"
             )
+        if number is None:
+            _warn_of_gaps(numbers, files)
         patient = name if number else None
         cases.append(Case(name, patient, files, numbers=numbers, side=side, ordered=patient is not None))
     if cases:
         check()
     return cases
+
+
+def _warn_of_gaps(numbers: tuple[int, ...], files: tuple[Path, ...]) -> None:
+    """A pile without order can do without some of its slices, but its reader should know."""
+    gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers))
+    if gaps:
+        warnings.warn(
+            f"{files[0].parent}: {len(gaps)} slices are missing between {files[0].name} and "
+            f"{files[-1].name}, the first of them number {gaps[0]}",
+            stacklevel=2,
+        )
 
 
 def _read_adaptation(case: Case, turn: bool) -> Raw:
@@ -249,6 +276,13 @@ def _read_adaptation(case: Case, turn: bool) -> Raw:
         check_shapes(image.shape, label.shape, first, first)
         if image.ndim == 3:
             image, label = (np.moveaxis(each, -1, 0) for each in (image, label))
+            depth, height, width = image.shape
+            if depth == width != height:  # (D, H, W) of square slices
+                raise InputError(
+                    f"{first}: axes are swapped, its slices would have {height} × {width} pixels: save the "
+                    "volume as (H, W, D)"
+                )
+            check_slices_first(image.shape, first)
             if turn:
                 image, label = image[:, ::-1, ::-1], label[:, ::-1, ::-1]
     return Raw(check_image(image, first), check_label(label, first), None)

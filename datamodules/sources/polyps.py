@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +21,10 @@ from numpy.random import default_rng
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import pdist, squareform
+from scipy.spatial.distance import cdist, pdist, squareform
 
-from datamodules.sources.folder import Folder, Pair, PairSource, expand, make_format, pair_files
+from datamodules.sources.folder import Folder, Pair, PairSource, decoding, expand, make_format, pair_files
+from datamodules.sources.listing import shown
 from errors import InputError
 
 
@@ -106,7 +108,7 @@ class PolypsSource(PairSource):
     Raises:
         InputError: ``root`` has neither form or both, a named set is not there, images and masks do not
             pair, an image cannot be read or is not RGB with 8 bits, the same image is in the sets trained
-            on twice or in them and in a test set, or the split is impossible.
+            on twice or, nearly the same, in two sets of which one is trained on, or the split is impossible.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class PolypsSource(PairSource):
         folders = {key: shelf.read(key) for key in [*train_on, *others]}
         looks = _look_at([pair for kept in folders.values() for pair in kept.all.values()])
         _check_leaks(train_on, folders, looks)
+        _check_copies(train_on, folders, looks)
         _warn_of_counts(folders, shelf.root)
 
         parts: dict[str, dict[str, list[Pair]]] = {
@@ -202,7 +205,7 @@ class _Shelf:
             both = [path.name for path in (*packed.values(), *raw.values()) if path]
             raise InputError(f"{root} has PraNet's form and the raw one ({', '.join(both)}): keep one")
         if not any(packed.values()) and not raw:
-            raise InputError(f"{root} fits no known form. Known are {KNOWN_FORMS}. Found: {_shown(root)}")
+            raise InputError(f"{root} fits no known form. Known are {KNOWN_FORMS}. Found: {shown(root)}")
         self.form = "raw" if raw else "PraNet"
         self._training: dict[str, _Pairs] = {key: {} for key in SETS}
         self._home = root
@@ -222,7 +225,7 @@ class _Shelf:
         if path is None:
             raise InputError(
                 f"{self._home} has no {SETS[key].folders[0]}: add it, or take {key} out of tests; "
-                f"found: {_shown(self._home)}"
+                f"found: {shown(self._home)}"
             )
         test = {stem: replace(pair, stem=f"{key}-{stem}") for stem, pair in _pairs(path).items()}
         training = self._training[key]
@@ -236,7 +239,7 @@ class _Shelf:
 
 def _needed(path: Path | None, name: str, root: Path) -> Path:
     if path is None:
-        raise InputError(f"{root} has no {name}, and PraNet's form needs it; found: {_shown(root)}")
+        raise InputError(f"{root} has no {name}, and PraNet's form needs it; found: {shown(root)}")
     return path
 
 
@@ -253,12 +256,6 @@ def _named(folder: Path, names: Iterable[str]) -> Path | None:
     return found[0] if found else None
 
 
-def _shown(folder: Path) -> str:
-    """What lies in a folder, for messages."""
-    names = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir())]
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
-
-
 def _pairs(folder: Path) -> _Pairs:
     """Find the images and the masks of one set, and pair them by file name."""
     for inside in (folder / name for name in _PACKED):
@@ -269,7 +266,7 @@ def _pairs(folder: Path) -> _Pairs:
             return pair_files(Folder(str(inside), images.name, masks.name))
     raise InputError(
         f"{folder} has no two folders images and masks, image and mask, or Original and Ground Truth; "
-        f"found: {_shown(folder)}"
+        f"found: {shown(folder)}"
     )
 
 
@@ -374,14 +371,11 @@ def _look_at(pairs: Sequence[Pair]) -> dict[Path, _Look]:
 
 
 def _look(path: Path) -> _Look:
-    try:
-        with Image.open(path) as file:
-            # Pillow reads 16 bits a channel as the upper 8 and says so only here, before it reads.
-            deep = ";16" in str(file.tile) and file.mode in ("RGB", "RGBA")
-            mode = file.mode
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be decoded ({error}): replace the file") from error
+    with decoding(path), Image.open(path) as file:
+        # Pillow reads 16 bits a channel as the upper 8 and says so only here, before it reads.
+        deep = ";16" in str(file.tile) and file.mode in ("RGB", "RGBA")
+        mode = file.mode
+        image = file.convert("RGB")
     if deep:
         raise InputError(f"{path} has 16 bits a channel, and the published images have 8: save it with 8")
     if mode in _SHADES:
@@ -417,3 +411,19 @@ def _check_leaks(train_on: Sequence[str], folders: Mapping[str, _Kept], looks: M
                 )
             if key in train_on:
                 seen[looks[pair.image].digest] = pair.image
+
+
+def _check_copies(train_on: Sequence[str], folders: Mapping[str, _Kept], looks: Mapping[Path, _Look]) -> None:
+    """Refuse an image of a set trained on that nearly coincides with one of another set."""
+    pairs = {key: list(kept.all.values()) for key, kept in folders.items()}
+    small = {key: np.stack([looks[pair.image].small for pair in each]) for key, each in pairs.items()}
+    for key, other in combinations(sorted(folders, key=lambda key: key not in train_on), 2):
+        if key not in train_on:
+            continue
+        apart = cdist(small[key], small[other], "cityblock")
+        i, j = np.unravel_index(apart.argmin(), apart.shape)
+        if apart[i, j] < ALIKE * LOOK_SIZE**2:
+            raise InputError(
+                f"{pairs[key][i].image} and {pairs[other][j].image} are nearly the same image, which leaks "
+                "from training into a test: remove one, with its mask"
+            )

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from datamodules.sources.listing import read_lines
 from errors import InputError
 
 LEARNT = ("train", "val")
 """Splits that something is learnt or chosen on; nothing in them may be in another split."""
+COPY = 0.999
+"""Correlation of two slices above which one is a copy; slices of different patients stay far below."""
 
 _SUFFIXES = re.compile(r"\.(npy\.h5|h5|hdf5|npz|npy|nii\.gz|nii)$")
 _SLICE = re.compile(r"^(.+?)_?slice_?(\d+)$")
@@ -73,6 +77,15 @@ def check_fractions(fractions: Mapping[str, float]) -> None:
             raise InputError(f"fractions: {name} is {share}; it must be above 0 and at most 1")
     if sum(fractions.values()) > 1 + 1e-9:
         raise InputError(f"fractions sum to {sum(fractions.values()):g}; the sum must be at most 1")
+
+
+def check_files(cases: Sequence[Case]) -> None:
+    """Raise an InputError if what has the name of a file is a folder, or a link to nothing."""
+    for case in cases:
+        for path in (*case.images, *case.labels):
+            if not path.is_file():
+                what = "a link to nothing" if path.is_symlink() else "no file"
+                raise InputError(f"{path} is {what}: put the file there, or remove it with its case")
 
 
 def check_cases(cases: Sequence[Case]) -> None:
@@ -185,14 +198,8 @@ def split_by_lists(cases: Sequence[Case], lists: Mapping[str, Path]) -> Split:
 
 
 def _read_list(path: Path, known: Mapping[str, list[Case]]) -> list[Part]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the list, or split otherwise") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a text file: {error}") from error
     taken: dict[str, tuple[Case, list[int] | None]] = {}
-    for line in filter(None, lines):
+    for line in read_lines(path):
         name = _SUFFIXES.sub("", line.replace("\\", "/").rsplit("/", 1)[-1])
         found = _SLICE.match(name)
         if name in known:
@@ -213,8 +220,8 @@ def _read_list(path: Path, known: Mapping[str, list[Case]]) -> list[Part]:
     return [Part(case, None if numbers is None else tuple(numbers)) for case, numbers in taken.values()]
 
 
-def check_patients(split: Mapping[str, Sequence[Part]]) -> None:
-    """Raise an InputError if a patient is in train or val and in another split too."""
+def check_patients(split: Mapping[str, Sequence[Part]], hint: str = "") -> None:
+    """Raise an InputError that ends in a hint if a patient is in train or val and in another split too."""
     owners: dict[str, tuple[str, str]] = {}
     for name in ordered(split):
         for part in split[name]:
@@ -225,7 +232,7 @@ def check_patients(split: Mapping[str, Sequence[Part]]) -> None:
             if owner != name and owner in LEARNT:
                 raise InputError(
                     f"leakage: patient {patient} is in {owner} ({first}) and in {name} ({part.case.id}): "
-                    "keep a patient in one split"
+                    f"keep a patient in one split{hint}"
                 )
 
 
@@ -244,4 +251,37 @@ def check_content(content: Mapping[str, Sequence[tuple[str, Sequence[str]]]]) ->
                     raise InputError(
                         f"leakage: an image of {case} in {name} is the same as one of {first} in {owner}: "
                         "remove one of the two"
+                    )
+
+
+def check_copies(content: Mapping[str, Sequence[tuple[str, NDArray[np.float32]]]]) -> None:
+    """Raise an InputError if a case is nearly one of train or val in another split, turned, mirrored or not.
+
+    It is where most of its slices correlate with some slice of the other by more than ``COPY``.
+
+    Args:
+        content: for each split the ids of its cases and the looks ``(slices, N, N)`` of their slices, each of
+            mean 0 and norm 1.
+    """
+    names = ordered(content)
+    for place, name in enumerate(LEARNT):
+        later = [(key, *each) for key in names[place + 1 :] for each in content[key] if len(each[1])]
+        if not later:
+            continue
+        looks = np.concatenate([each for *_, each in later])
+        turned = [np.rot90(side, k, (1, 2)) for side in (looks, looks[..., ::-1]) for k in range(4)]
+        views = [view.reshape(len(looks), -1) for view in turned]
+        starts = np.cumsum([0, *(len(each) for *_, each in later[:-1])])
+        for case, own in content[name]:
+            if not len(own):
+                continue
+            flat = own.reshape(len(own), -1).T
+            alike = np.max([(view @ flat).max(1) for view in views], axis=0) > COPY
+            for (key, other, each), count in zip(
+                later, np.add.reduceat(alike, starts, dtype=int), strict=True
+            ):
+                if count > len(each) / 2:
+                    raise InputError(
+                        f"leakage: {other} in {key} is nearly the same as {case} in {name}, {count} of "
+                        f"{len(each)} slices: remove one of the two"
                     )

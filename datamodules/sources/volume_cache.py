@@ -17,10 +17,11 @@ from PIL import Image
 from datamodules.sources.volume_files import Spacing
 from errors import InputError
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same files would make other slices."""
 
 LEVELS = 65535
+LOOK_SIZE = 16
 MIN_LEVELS = 16
 """Slices with fewer different grey values are not compared: empty ones are all alike."""
 
@@ -34,6 +35,7 @@ class Slices:
         mask: uint8 classes ``(D, H, W)``.
         spacing: size of a resized voxel in mm along (D, H, W), or None.
         prints: fingerprint of each slice's image; empty slices have none.
+        looks: float32 ``(N, LOOK_SIZE, LOOK_SIZE)``, the same slices small, each of mean 0 and norm 1.
         entry: folder that it was loaded from; a copy for another process loads it anew.
     """
 
@@ -41,11 +43,12 @@ class Slices:
     mask: NDArray[np.uint8]
     spacing: Spacing | None
     prints: tuple[str, ...]
+    looks: NDArray[np.float32]
     entry: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.entry is None:
-            return Slices, (self.image, self.mask, self.spacing, self.prints)
+            return Slices, (self.image, self.mask, self.spacing, self.prints, self.looks)
         return _load, (self.entry,)
 
 
@@ -75,12 +78,15 @@ def resize(
         mask[k] = _resized(classes[k], size, Image.Resampling.NEAREST)
     if spacing is not None:
         spacing = (spacing[0], spacing[1] * old[0] / size[0], spacing[2] * old[1] / size[1])
-    prints = tuple(
-        hashlib.sha256(each.tobytes()).hexdigest()[:32]
-        for each in pixels
-        if np.unique(each).size >= MIN_LEVELS
-    )
-    return Slices(pixels, mask, spacing, prints)
+    full = [each for each in pixels if np.unique(each).size >= MIN_LEVELS]
+    prints = tuple(hashlib.sha256(each.tobytes()).hexdigest()[:32] for each in full)
+    return Slices(pixels, mask, spacing, prints, np.array([_look(each) for each in full], np.float32))
+
+
+def _look(plane: NDArray[np.uint16]) -> NDArray[np.float32]:
+    small = _resized(plane.astype(np.float32), (LOOK_SIZE, LOOK_SIZE), Image.Resampling.BILINEAR)
+    small = small - small.mean()
+    return small / max(float(np.linalg.norm(small)), 1.0)
 
 
 def _resized(plane: NDArray[Any], size: tuple[int, int], method: Image.Resampling) -> NDArray[Any]:
@@ -94,7 +100,7 @@ def cached(folder: Path, files: Sequence[Path], options: str, make: Callable[[],
 
     An entry is a folder that is named by the fingerprint of the options and of every file's path, size and
     time of change. It is written elsewhere and renamed, so that it is whole or absent, also when
-    several processes make it at once.
+    several processes make it at once. One that is damaged is made anew.
 
     Args:
         folder: of the cache.
@@ -106,14 +112,16 @@ def cached(folder: Path, files: Sequence[Path], options: str, make: Callable[[],
         InputError: the case cannot be made, or the cache cannot be written.
     """
     entry = folder / _fingerprint(files, options)
-    if not entry.is_dir():
-        slices = make()
+    if entry.is_dir():
         try:
-            _write(entry, slices)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: the cache cannot be written ({error}): set cache to a folder"
-            ) from error
+            return _load(entry)
+        except (OSError, EOFError, ValueError, KeyError):
+            shutil.rmtree(entry, ignore_errors=True)
+    slices = make()
+    try:
+        _write(entry, slices)
+    except OSError as error:
+        raise InputError(f"{folder}: the cache cannot be written ({error}): set cache to a folder") from error
     return _load(entry)
 
 
@@ -124,6 +132,7 @@ def _load(entry: Path) -> Slices:
         np.load(entry / "mask.npy", mmap_mode="r"),
         None if facts["spacing"] is None else tuple(facts["spacing"]),
         tuple(facts["prints"]),
+        np.load(entry / "looks.npy"),
         entry,
     )
 
@@ -142,6 +151,7 @@ def _write(entry: Path, slices: Slices) -> None:
     try:
         np.save(partial / "image.npy", slices.image)
         np.save(partial / "mask.npy", slices.mask)
+        np.save(partial / "looks.npy", slices.looks)
         facts = {"spacing": slices.spacing, "prints": slices.prints}
         (partial / "facts.json").write_text(json.dumps(facts))
         os.rename(partial, entry)

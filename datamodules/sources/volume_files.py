@@ -24,6 +24,8 @@ Keys = tuple[str, str]
 
 _NORMALS = {"sagittal": 0, "coronal": 1, "axial": 2}
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, ImageFileError, HeaderDataError)
+_MM = {"meter": 1e3, "micron": 1e-3}
+"""Millimetres of the units that headers may tell; where they tell none, it is mm."""
 AFFINE_TOLERANCE = 0.1
 """Share of a voxel by which the affines of an image and its label may differ at the corners."""
 
@@ -227,6 +229,9 @@ def _load_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
             )
         voxels = np.asanyarray(file.dataobj)
         zooms, affine = _zooms(path, file), np.asarray(file.affine, np.float64)
+        if isinstance(file, nibabel.Nifti1Image):
+            scale = _MM.get(file.header.get_xyzt_units()[0], 1.0)
+            zooms, affine = [scale * each for each in zooms], np.diag([scale, scale, scale, 1]) @ affine
     except _UNREADABLE as error:
         raise InputError(f"{path} cannot be read as NIfTI ({_reason(error)}): replace the file") from error
     while voxels.ndim > 3 and voxels.shape[-1] == 1:

@@ -17,13 +17,17 @@ from tqdm import tqdm
 from datamodules.sources.folder import DEFAULT_FRACTIONS, expand
 from datamodules.sources.intensity import Intensity
 from datamodules.sources.labels import LabelMap
+from datamodules.sources.listing import shown, similar
 from datamodules.sources.source import Sample, Source, Volume
 from datamodules.sources.splits import (
+    LEARNT,
     Case,
     Part,
     Split,
     check_cases,
     check_content,
+    check_copies,
+    check_files,
     check_numbers,
     check_patients,
     ordered,
@@ -52,7 +56,6 @@ from errors import InputError
 
 READERS = 2
 """Volumes that are read at once; a large CT takes about 1 GB while it is read."""
-SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,14 @@ class VolumeTest:
         form: its form on disk; None detects it.
         cases: names of the patients or cases to take; None takes all.
         spacing: as in :class:`VolumeSource`, for this set.
+        other_patients: its patients are none of the set's, although they have the same names.
     """
 
     root: str | None = None
     form: str | None = None
     cases: Sequence[str] | None = None
     spacing: tuple[float, float, float] | None = None
+    other_patients: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class VolumeSource(Source):
     the rule of its data set, resized (images bilinearly with antialiasing, masks to the nearest neighbour)
     and kept on disk with 16 bits a value, from where slices are memory-mapped. The constructor only lists
     files and splits them. The first ``dataset(split)`` reads and checks the files of all splits, and raises
-    if an image of train or val is in another split too.
+    if an image of train or val, or nearly such a volume, is in another split too.
 
     Args:
         root: folder of the data set; ``~`` and environment variables are filled in.
@@ -190,16 +195,20 @@ class VolumeSource(Source):
         else:
             parts = split_by_fractions(cases, self.fractions, seed, self.name)
         check_patients(parts)
-        learnt = {_owner(part.case) for key in ("train", "val") for part in parts[key]}
+        learnt = {key: parts[key] for key in LEARNT}
         if n_train is not None:
             parts["train"] = _few(parts["train"], n_train, seed)
         given = None if spacing is None else check_spacing(spacing, "spacing")
         self._items = {key: [_Item(part, self.form, given) for part in parts[key]] for key in ordered(parts)}
-        left = [case for case in found if _owner(case) not in learnt]
+        owners = {_owner(part.case) for each in learnt.values() for part in each}
+        left = [case for case in found if _owner(case) not in owners]
         for key, test in (tests or {}).items():
             if key in self._items:
                 raise InputError(f"tests: {key!r} is the name of another split; choose another name")
             self._items[key] = self._test(key, test, left, given)
+            if not test.other_patients:
+                hint = ", or set other_patients for the test set if these are others of the same names"
+                check_patients(learnt | {key: [item.part for item in self._items[key]]}, hint)
         self.splits = tuple(self._items)
         self._datasets: dict[str, _SliceDataset] = {}
 
@@ -249,7 +258,7 @@ class VolumeSource(Source):
         form, cases, where = self.form, list(left), f"tests: {key}"
         root = self._elsewhere(test)
         if root is not None:
-            form, cases = self._locate(root, self._forms(test), test.form)
+            form, cases = self._locate(root, self._forms(test), test.form, f"{where}: ")
             spacing = None
         elif test.form is not None:
             raise InputError(f"{where}: form is given without root; give both")
@@ -260,7 +269,13 @@ class VolumeSource(Source):
             raise InputError(f"{where}: no case is left for it; it takes those in neither train nor val")
         return [_Item(Part(case), form, spacing) for case in chosen]
 
-    def _locate(self, root: Path, forms: Sequence[Form], wanted: str | None) -> tuple[Form, list[Case]]:
+    def _remedy(self, root: Path) -> str:
+        """Return what to do about a folder that fits no form, where that can be told; else nothing."""
+        return ""
+
+    def _locate(
+        self, root: Path, forms: Sequence[Form], wanted: str | None, where: str = ""
+    ) -> tuple[Form, list[Case]]:
         """Return the form of a folder and its cases, or raise an InputError that shows what lies there."""
         if not root.is_dir():
             raise InputError(f"{root} is not a folder: check root")
@@ -273,7 +288,8 @@ class VolumeSource(Source):
         if not fitting:
             known = "; ".join(f"{form.name}: {form.layout}" for form in forms if wanted in (None, form.name))
             raise InputError(
-                f"{root} fits no form of {self.title}. Known forms: {known}. It holds {_shown(root)}"
+                f"{where}{root} fits no form of {self.title}. Known forms: {known}. It holds "
+                f"{shown(root)}{self._remedy(root)}"
             )
         if len(fitting) > 1:
             raise InputError(
@@ -281,6 +297,7 @@ class VolumeSource(Source):
                 "set form to one of them"
             )
         cases = sorted(found[fitting[0].name], key=lambda case: case.id)
+        check_files(cases)
         check_cases(cases)
         check_numbers(cases)
         return fitting[0], cases
@@ -317,6 +334,11 @@ class VolumeSource(Source):
             for key, each in self._items.items()
         }
         check_content(content)
+        looks = {
+            key: [(item.part.case.id, loaded[_key(item)].looks) for item in each if item.part.case.ordered]
+            for key, each in self._items.items()
+        }
+        check_copies(looks)
         return {
             key: _SliceDataset(
                 [(item.part, loaded[_key(item)]) for item in each],
@@ -336,6 +358,7 @@ class VolumeSource(Source):
             form.intensity,
             item.spacing,
             case.numbers,
+            self.check_affines,
         )
         files = [*case.images, *case.labels]
         return cached(self._cache, files, repr(options), partial(_make, item, self.size))
@@ -422,11 +445,6 @@ def _owner(case: Case) -> str:
     return case.patient or case.id
 
 
-def _shown(root: Path) -> str:
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
-    return f"{', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}" if names else "nothing"
-
-
 # ------------------------------------------------------------------------- what forms are made of
 
 
@@ -442,13 +460,20 @@ def match_files(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[t
         return []
     found = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.endswith(suffixes) or not path.is_file():
+        if path.name.startswith(".") or not path.name.endswith(suffixes):
             continue
         match = re.fullmatch(pattern, path.name)
         if match is None:
             raise InputError(f"{path}: the name is not of the form {pattern!r}: rename or move the file")
         found.append((match, path))
     return found
+
+
+def check_unknown(path: Path, begin: str, form: str) -> None:
+    """Raise an InputError if a NIfTI file begins like those of a set, but its name is not of the form."""
+    name = path.name.lower()
+    if name.startswith(begin) and name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path}: the name is not of the form {form}: rename or move the file")
 
 
 def read_nifti_case(case: Case, plane: Plane, check_affines: bool, slices_first: bool = False) -> Raw:
@@ -516,17 +541,21 @@ def pair_cases(
     Raises:
         InputError: an image has no label or the reverse, or two files are the same part of one case.
     """
-    found: dict[tuple[str, str], Path] = {}
+    found: dict[str, dict[str, Path]] = {}
     for case, kind, path in files:
-        other = found.setdefault((case, kind), path)
+        other = found.setdefault(case, {}).setdefault(kind, path)
         if other != path:
             raise InputError(f"{path} and {other} have one id, {case}: rename or remove one of them")
-    cases = []
-    for name in sorted({case for case, _ in found}):
-        image, label = found.get((name, "image")), found.get((name, "label"))
-        if label is None:
-            raise InputError(f"{image} has no label: add its label file, or remove the image")
-        if image is None:
-            raise InputError(f"{label} has no image: add its image file, or remove the label")
-        cases.append(Case(name, patient(name), (image,), (label,), side=side))
-    return cases
+    alone = [
+        (case, kind, path) for case, both in found.items() if len(both) == 1 for kind, path in both.items()
+    ]
+    for case, kind, path in sorted(alone):
+        wanted = "label" if kind == "image" else "image"
+        others = [other.name for name, _, other in alone if name != case]
+        raise InputError(
+            f"{path} has no {wanted}: add its {wanted} file, or remove it{similar(path.name, others)}"
+        )
+    return [
+        Case(case, patient(case), (found[case]["image"],), (found[case]["label"],), side=side)
+        for case in sorted(found)
+    ]

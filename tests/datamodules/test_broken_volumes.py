@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from datamodules.sources import ACDCSource, ACDCTest, MMWHSSource, SynapseSource, SynapseTest
+from datamodules.sources import ACDCSource, ACDCTest, MMWHSSource, MMWHSTest, SynapseSource, SynapseTest
 from datamodules.sources.mmwhs import ADAPTATION
 from datamodules.sources.synapse import Pair
 from datamodules.twins import write_twin
@@ -69,6 +69,37 @@ def cut(name):
 
 def remove(name):
     return lambda root, stem: (root / f"{stem}{name}").unlink()
+
+
+def link_to_nothing(name):
+    def apply(root, stem):
+        remove(name)(root, stem)
+        (root / f"{stem}{name}").symlink_to(root / "nowhere")
+
+    return apply
+
+
+def folder_for_file(root, stem):
+    remove("")(root, stem)
+    (root / stem).mkdir()
+
+
+def rename(old, new):
+    return lambda root, stem: (root / f"{stem}{old}").rename(root / f"{stem}{new}")
+
+
+def misnamed_pair(root, stem):
+    for old, new in (("_image", "_img"), ("_label", "_lbl")):
+        rename(f"{old}.nii.gz", f"{new}.nii.gz")(root, stem)
+
+
+def folder_of_another_name(root, stem):
+    (root / "training").rename(root / "train")
+
+
+def records(root, stem):
+    emptied(root, stem)
+    (root / "ct_train_slice0.tfrecords").write_bytes(b"1")
 
 
 def rewrite(**arrays):
@@ -297,6 +328,39 @@ BROKEN = {
     ),
     "missing label file": ("acdc-nifti", FRAME, remove("_gt.nii.gz"), ("frame01.nii.gz has no label",)),
     "missing image file": ("mmwhs-nifti", CT, remove("_image.nii.gz"), ("1002_label.nii.gz has no image",)),
+    "link to nothing": (
+        "acdc-nifti",
+        FRAME,
+        link_to_nothing("_gt.nii.gz"),
+        ("_gt.nii.gz is a link to nothing",),
+    ),
+    "HDF5 link to nothing": ("acdc-wsl4mis", H5, link_to_nothing(""), (H5, "is a link to nothing")),
+    "folder for a file": ("acdc-wsl4mis", H5, folder_for_file, (H5, "is no file", "put the file there")),
+    "misnamed pair": ("mmwhs-nifti", CT, misnamed_pair, ("1002_img.nii.gz: the name is not of the form",)),
+    "misnamed label": (
+        "acdc-nifti",
+        FRAME,
+        rename("_gt.nii.gz", "_label.nii.gz"),
+        ("frame01_label.nii.gz: the name is not of the form",),
+    ),
+    "suffix in capitals": (
+        "acdc-nifti",
+        FRAME,
+        rename(".nii.gz", ".NII.GZ"),
+        ("frame01.NII.GZ: the name is not of the form",),
+    ),
+    "number of fewer digits": (
+        "acdc-nifti",
+        "training/patient001/patient001_",
+        rename("frame01.nii.gz", "frame1.nii.gz"),
+        ("frame01_gt.nii.gz has no image", "is patient001_frame1.nii.gz it?"),
+    ),
+    "folder of another name": (
+        "acdc-nifti",
+        FRAME,
+        folder_of_another_name,
+        ("train holds patients, and its name is neither training nor testing",),
+    ),
     "label elsewhere": (
         "acdc-nifti",
         FRAME,
@@ -364,6 +428,34 @@ BROKEN = {
         rewrite(image=lambda a: a * 255),
         (H5, "values from 0 to 255", "set rescale"),
     ),
+    "values that are not standardised": (
+        "mmwhs-adaptation",
+        "ct_test_1003.npz",
+        rewrite(arr_0=lambda a: a * 500),
+        ("ct_test_1003.npz has values from", "outside -2.8 to 3.2", "set rescale"),
+    ),
+    "swapped axes of npz": (
+        "mmwhs-adaptation",
+        "ct_test_1003.npz",
+        rewrite(arr_0=lambda a: a.transpose(2, 0, 1), arr_1=lambda a: a.transpose(2, 0, 1)),
+        ("ct_test_1003.npz: axes are swapped, the volume has 28 slices of 6 × 32",),
+    ),
+    "swapped axes of square npz": (
+        "mmwhs-adaptation",
+        "ct_test_1003.npz",
+        rewrite(**{f"arr_{k}": lambda a: np.repeat(a[:28], 4, 2).transpose(2, 0, 1) for k in (0, 1)}),
+        ("ct_test_1003.npz: axes are swapped, its slices would have 24 × 28",),
+    ),
+    "TensorFlow's records": (
+        "mmwhs-adaptation",
+        "",
+        records,
+        (
+            "fits no form of MM-WHS",
+            "It holds ct_train_slice0.tfrecords. TensorFlow's records are not read",
+            "npz",
+        ),
+    ),
     "unknown case in a list": (
         "acdc-wsl4mis",
         H5,
@@ -421,6 +513,14 @@ def test_the_same_sets_are_read_when_they_are_whole(intact, tmp_path, key):
     assert len(read(intact(key), key, "", tmp_path)) > 0
 
 
+def test_missing_slices_of_a_pile_are_said(intact, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(intact("mmwhs-adaptation"), root)
+    (root / "ct_train_slice2.npz").unlink()
+    with pytest.warns(UserWarning, match=r"1 slices are missing between ct_train_slice0.npz .* number 2"):
+        read(root, "mmwhs-adaptation", "", tmp_path / "cache")
+
+
 def test_every_kind_has_its_own_message(intact, tmp_path):
     assert len(BROKEN) >= 20
     assert len({fragments for *_, fragments in BROKEN.values()}) == len(BROKEN)
@@ -451,6 +551,12 @@ PAIRS = {"a": Pair("img/img0005.nii.gz", "label/label0005.nii.gz")}
         ("acdc", "nifti", {"tests": {"x": ACDCTest(form="nifti")}}, "form is given without root"),
         ("acdc", "nifti", {"where": {"Group": ["XYZ"]}}, "has Group 'XYZ'"),
         ("mmwhs", "nifti", {"modality": "pet"}, "modality is 'pet'"),
+        (
+            "mmwhs",
+            "nifti",
+            {"tests": {"mr": MMWHSTest(root=".", modality="mr")}},
+            "tests: mr: . fits no form",
+        ),
         ("mmwhs", "nifti", {"structures": ["liver"]}, "'liver' is none of myocardium"),
         ("mmwhs", "nifti", {"structures": ["myocardium"] * 2}, "each once"),
         ("mmwhs", "adaptation", {}, "have no right atrium"),

@@ -349,7 +349,7 @@ def test_threshold_above_all_masks(tmp_path):
         ({"fractions": {"train": 0.9, "val": 0.02}}, ["falls to val", "10 images"]),
         ({"fractions": {"train": 0.9, "val": 0.1}, "lists": {}}, ["fractions and lists"]),
         ({"lists": {"val": "val.txt"}}, ["lists has no train"]),
-        ({"lists": {"train": "train.txt", "val": "val.txt"}}, ["train.txt", "cannot be read"]),
+        ({"lists": {"train": "train.txt", "val": "val.txt"}}, ["train.txt", "does not exist"]),
         ({"group": "("}, ["group '('", "regular expression"]),
         ({"group": "case"}, ["0 groups in parentheses"]),
         ({"group": "(patient)"}, ["case00.png", "does not match"]),
@@ -371,6 +371,21 @@ def test_bad_lists(root):
         FolderSource(str(root), lists=write_lists(root, train=["case01", "case01"], val=["case02"]))
     with refused(root / "val.txt", "empty"):
         FolderSource(str(root), lists=write_lists(root, train=["case01"], val=[]))
+
+
+def test_lists_with_a_byte_order_mark(root):
+    lists = write_lists(root, train=["case01"], val=["case02"])
+    (root / "train.txt").write_text("case01\n", encoding="utf-8-sig")
+    assert ids(FolderSource(str(root), lists=lists), "train") == ["case01"]
+
+
+def test_files_of_nearly_the_name_are_asked_for(root):
+    (root / "masks" / "case03.png").rename(root / "masks" / "case03_mask.png")
+    with refused("case03.png has no mask", "is case03_mask.png it?"):
+        FolderSource(str(root))
+    (root / "masks" / "case03_mask.png").rename(root / "masks" / "case03.webp")
+    with refused("case03.png has no mask", "is case03.webp it?"):
+        FolderSource(str(root))
 
 
 def test_group_across_lists(tmp_path):

@@ -283,6 +283,20 @@ def test_an_image_of_training_in_a_test_set_even_in_another_file_type(raw):
     assert counts(source(raw))["train"] == 28
 
 
+@pytest.mark.parametrize("trained", [["kvasir", "clinicdb"], ["kvasir"], ["clinicdb"]])
+def test_an_image_compressed_again_in_another_set(raw, trained):
+    stem = first(raw / "Kvasir-SEG" / "images").stem
+    for here, there in (("images", "Original"), ("masks", "Ground Truth")):
+        image = Image.open(raw / "Kvasir-SEG" / here / f"{stem}.jpg")
+        image.convert("RGB").save(raw / "CVC-ClinicDB" / there / "400.jpg", quality=60)
+    with (
+        refused(f"{stem}.jpg", "nearly the same image")
+        if trained[0] == "kvasir"
+        else refused("400.jpg", stem)
+    ):
+        source(raw, train_on=trained, tests=["test", "kvasir", "clinicdb"])
+
+
 def test_pranets_test_set_that_overlaps_with_training(pranet):
     for folder in ("images", "masks"):
         case = sorted((pranet / "TrainDataset" / folder).iterdir())[-1]

@@ -293,6 +293,27 @@ def test_stored_plane_is_the_third_axis(tmp_path):
     assert raw.image.shape == (4, 3, 5)
 
 
+@pytest.mark.parametrize(("unit", "scale"), [("meter", 1e-3), ("micron", 1e3), ("mm", 1), ("unknown", 1)])
+def test_units_of_the_header(tmp_path, unit, scale):
+    """Spacing is in mm whatever the header counts in, and so are the affines that are compared."""
+    volume = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    write_nifti(tmp_path / "label.nii", volume, (2.0, 0.5, 0.25))
+    file = nibabel.load(tmp_path / "label.nii")
+    image = nibabel.Nifti1Image(np.asarray(file.dataobj), np.diag([scale] * 3 + [1]) @ file.affine)
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "image.nii")
+    raw = read_nifti(tmp_path / "image.nii", tmp_path / "label.nii", "axial")
+    assert raw.spacing == pytest.approx((2.0, 0.5, 0.25))
+
+
+def test_folders_of_acdc_in_other_letters(build, twins, tmp_path, cache):
+    root = tmp_path / "set"
+    shutil.copytree(twins("acdc", "nifti"), root)
+    (root / "training").rename(root / "Training")
+    source = ACDCSource(str(root), size=SIZE, cache=cache, split="published")
+    assert patients(source, "train") == patients(build("acdc", "nifti", split="published"), "train")
+
+
 def test_oblique_volumes_take_the_nearest_axes(tmp_path):
     volume = np.arange(1, 61, dtype=np.int16).reshape(3, 4, 5)
     angle = np.deg2rad(20)
@@ -344,7 +365,7 @@ def test_lists_name_patients_cases_or_slices(build, twins):
     root = twins("acdc", "wsl4mis")
     (root / "a.txt").write_text("patient001\npatient002_frame01.h5\n")
     (root / "b.txt").write_text("patient003_frame01_slice_4.h5\nslices/patient003_frame01_slice_2\n\n")
-    (root / "c.txt").write_text("patient004_frame09\n")
+    (root / "c.txt").write_text("patient004_frame09\n", encoding="utf-8-sig")
     source = build("acdc", "wsl4mis", lists={"train": "a.txt", "val": "b.txt", "test": "c.txt"})
     assert [len(source.dataset(name)) for name in source.splits] == [3 * DEPTH, 2, DEPTH]
     assert [each["id"][-3:] for each in source.dataset("val")] == ["002", "004"]
@@ -392,6 +413,31 @@ def test_an_image_under_another_name_is_a_leak(build, twins, tmp_path, cache, co
         ACDCSource(str(root), size=SIZE, cache=cache).dataset("train")
 
 
+ALTERED = {
+    "rounded": lambda a: a.astype(np.float16).astype(a.dtype),
+    "mirrored": lambda a: a[..., ::-1],
+    "turned": lambda a: a.swapaxes(1, 2)[:, ::-1],
+    "brighter": lambda a: a * 0.8 + 0.1,
+}
+
+
+@pytest.mark.parametrize("altered", ALTERED)
+def test_a_volume_that_is_nearly_one_of_training_is_a_leak(build, twins, tmp_path, cache, altered):
+    root = tmp_path / "set"
+    shutil.copytree(twins("acdc", "wsl4mis"), root)
+    source = build("acdc", "wsl4mis")
+    learnt, tested = sorted(patients(source, "train"))[0], sorted(patients(source, "test"))[0]
+    folder = root / "ACDC_training_volumes"
+    with h5py.File(folder / f"{learnt}_frame01.h5") as file:
+        arrays = {key: ALTERED[altered](file[key][()]) for key in ("image", "label")}
+    with h5py.File(folder / f"{tested}_frame09.h5", "w") as file:
+        arrays["label"] = np.rint(np.clip(arrays["label"], 0, 3))
+        for key, array in arrays.items():
+            file[key] = array
+    with refused("leakage:", tested, "in test is nearly the same as", learnt, "in train, 6 of 6 slices"):
+        ACDCSource(str(root), size=32, cache=cache).dataset("train")
+
+
 def test_a_test_set_elsewhere_that_holds_training_images_is_a_leak(build, twins, tmp_path):
     root = tmp_path / "elsewhere"
     shutil.copytree(twins("acdc", "nifti") / "training", root / "training")
@@ -403,6 +449,26 @@ def test_a_test_set_elsewhere_that_holds_training_images_is_a_leak(build, twins,
     source = build("acdc", "nifti", tests={"other": ACDCTest(root=str(root))})
     with refused("leakage: an image of patient1", "in other"):
         source.dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "form", "other"), [("acdc", "nifti", "wsl4mis"), ("synapse", "transunet", "btcv")]
+)
+def test_a_patient_in_a_test_set_elsewhere_is_a_leak(build, twins, dataset, form, other):
+    """By its name, however the images were prepared; unless it is said that these are others."""
+    kind = ACDCTest if dataset == "acdc" else SynapseTest
+    root = str(twins(dataset, other))
+    for n_train in (None, 1):
+        with refused("leakage: patient", "in x", "other_patients"):
+            build(dataset, form, tests={"x": kind(root=root)}, n_train=n_train)
+
+    def names(split, **options):
+        source = build(dataset, form, tests={"x": kind(root=root, **options)})
+        return {item.part.case.patient for item in source._items[split]}
+
+    assert len(names("x", other_patients=True)) == CASES
+    held_out = names("test", other_patients=True)
+    assert names("x", cases=sorted(held_out)) == held_out
 
 
 # ------------------------------------------------------------------------------- cross-domain
@@ -496,6 +562,46 @@ def test_volumes_are_decoded_once(build, tmp_path, monkeypatch, twins):
     os.utime(path, ns=(1, 1))
     assert made() == 1
     assert not list(cache.glob("*.partial"))
+
+
+def test_affines_are_checked_also_where_the_cache_has_a_volume_of_other_options(twins, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(twins("acdc", "nifti"), root)
+    path = root / "training" / "patient001" / "patient001_frame01_gt.nii.gz"
+    file = nibabel.load(path)
+    affine = file.affine.copy()
+    affine[0, 3] += 500
+    nibabel.save(nibabel.Nifti1Image(np.asarray(file.dataobj), affine), path)
+    options = {"size": SIZE, "cache": str(tmp_path / "cache")}
+    assert ACDCSource(str(root), check_affines=False, **options).dataset("train")
+    with refused(path, "lies up to 500 mm away"):
+        ACDCSource(str(root), **options).dataset("train")
+
+
+DAMAGED = {
+    "no facts": lambda entry: (entry / "facts.json").unlink(),
+    "facts of another kind": lambda entry: (entry / "facts.json").write_text("{}"),
+    "half a file": lambda entry: os.truncate(entry / "image.npy", 500),
+    "an empty file": lambda entry: os.truncate(entry / "looks.npy", 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_entries_are_made_anew(tmp_path, damage):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"1")
+    image = np.linspace(0, 1, 3 * 16 * 16, dtype=np.float32).reshape(3, 16, 16)
+
+    def make():
+        return volume_cache.resize(image, (image > 0.5).astype(np.uint8), None, (8, 8))
+
+    cache = tmp_path / "cache"
+    first = volume_cache.cached(cache, [file], "options", make)
+    wanted = np.array(first.image)
+    DAMAGED[damage](first.entry)
+    assert np.array_equal(volume_cache.cached(cache, [file], "options", make).image, wanted)
+    assert volume_cache.cached(cache, [file], "options", None).entry == first.entry
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_slices_are_memory_mapped_also_in_another_process(build):
@@ -635,6 +741,7 @@ def test_sources_from_yaml(twins, cache):
         "mapped": {"root": root, "pairs": pairs, "label_map": names},
         "prepared": {"root": str(twins("synapse", "transunet")), "cases": ["case0001"], "spacing": [3, 1, 1]},
     }
+    tests["prepared"]["other_patients"] = True
     options = {"root": str(twins("synapse", "transunet")), "size": [16, 14], "cache": cache, "tests": tests}
     given = {"class_path": "SynapseSource", "init_args": options | {"spacing": [3, 0.75, 0.8]}}
     source = parser.instantiate_classes(parser.parse_object({"source": given})).source

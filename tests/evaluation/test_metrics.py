@@ -243,3 +243,24 @@ def test_refuses_what_cannot_be_scored():
         SegmentationScore(NAMES, (1.0, 0.0))
     with pytest.raises(ValueError, match="ids"):
         SegmentationScore(NAMES).update(block(), block(), [0, 1])
+    with pytest.raises(ValueError, match="spacing"):
+        SegmentationScore(NAMES, (1.0, math.nan))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "i", "message"),
+    [
+        (block(7), block(), 0, "prediction has labels from 0 to 7, and the classes are 0 to 2"),
+        (block(), block(255), 0, "target has labels from 0 to 255"),
+        (block(), block() - 1, 0, "target has labels from -1 to 0"),
+        (block() * 0.7, block(), 0, "prediction is of type torch.float32"),
+        (block(), block(), -1, "id -1: must be at least 0 and below 16777216"),
+        (block(), block(), 2**24, "id 16777216: must be"),
+    ],
+)
+def test_refuses_labels_and_ids_out_of_range(prediction, target, i, message):
+    score = SegmentationScore(NAMES)
+    with pytest.raises(ValueError, match=message):
+        score.update(prediction, target, [i])
+    assert score.compute()["n_cases"] == 0
+    score.update(block()[:0], block()[:0], [])

@@ -313,11 +313,32 @@ def test_merged_slices_are_the_whole():
         ([Volume("p", 0, 2, (1, 1, 1)), Volume("p", 1, 2, (2, 1, 1))], "disagree"),
         ([Volume("p", 0, 1, (1, 1, 1)), Volume("q", 0, 1, None)], "sample 1 has none while sample 0"),
         ([Volume("p", 0, 1, (1, 1, 1)), None], "sample 1 has none"),
+        ([Volume("p", 0, 1, (0, 1, 1))], "case p has the spacing .0, 1, 1.: give positive"),
+        ([Volume("p", 0, 1, (1, math.nan, 1))], "case p has the spacing"),
     ],
 )
 def test_refuses_broken_volumes(volumes, fragment):
     with pytest.raises(ValueError, match=fragment):
         SegmentationScore(NAMES, protocol="nnunet", volumes=volumes)
+
+
+def test_refuses_slices_that_do_not_fit_their_volume():
+    score = SegmentationScore(NAMES, protocol="nnunet", volumes=[Volume("p", k, 2, None) for k in range(2)])
+    with pytest.raises(ValueError, match="id 5: must be at least 0 and below 2"):
+        score.update(stack(True, 1), stack(True, 1), [5])
+    score.update(stack(True, 1), stack(True, 1), [0])
+    score.update(stack(True, 1)[:, :20], stack(True, 1)[:, :20], [1])
+    with pytest.raises(ValueError, match=r"slices of case p have several sizes, \[\(20, 40\), \(30, 40\)\]"):
+        score.compute()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"unit": "volumes"}, {"hd95": "Larger"}, {"asd": "both"}], ids=lambda given: next(iter(given))
+)
+def test_refuses_unknown_choices(wrong):
+    ((key, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{key} '{value}': choose "):
+        replace(PROTOCOLS["acdc"], **wrong)
 
 
 def test_slices_need_no_whole_volumes():

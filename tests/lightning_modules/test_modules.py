@@ -16,7 +16,7 @@ from errors import InputError
 from lightning_modules import DiffusionLitModule, MinerLitModule, SegLitModule, SynthesisLitModule
 from lightning_modules.seg import copy_paste, paired_cutmix
 from methods import Base
-from networks import Segmenter
+from networks import Segmenter, SwinUnet
 from networks.pretrained import load_pretrained, save_pretrained, training_facts
 from objectives.segmentation import dice_ce
 
@@ -427,6 +427,21 @@ def test_segmenter_that_does_not_fit_the_images(source, tmp_path):
         module = SegLitModule(make_segmenter(**changes))
         with pytest.raises(InputError, match=rf"model\.segmenter.*{word}"):
             make_trainer(tmp_path, max_steps=1).fit(module, SegDataModule(source))
+
+
+@pytest.mark.parametrize("inference", ["whole", "sliding_window"])
+def test_segmenter_of_another_image_size(tmp_path, inference):
+    """Windows have the network's own size; training sees whole images."""
+    source = PhantomSource("polyp", size=40, n_train=2, n_val=1, n_test=1)
+    swin = SwinUnet(3, 2, 32, 2, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)
+    for segmenter, wanted in ((swin, "32 × 32 alone"), (make_segmenter(), "multiples of 8 × 8")):
+        size = 40 if segmenter is swin else 36
+        source.size = (size, size)
+        module = SegLitModule(segmenter, inference=inference)
+        with pytest.raises(InputError, match=rf"model\.segmenter.*{size} × {size} pixels.*takes {wanted}"):
+            make_trainer(tmp_path, max_steps=1).fit(module, SegDataModule(source))
+        if inference == "sliding_window":
+            module.check_data(source)
 
 
 def test_validation_does_not_depend_on_the_batch_size(source, tmp_path):

@@ -212,7 +212,7 @@ def test_swin_t_lands_in_encoder_and_decoder_at_full_size(tmp_path):
 def test_sizes_that_do_not_fit():
     with pytest.raises(InputError, match=r"size 30: must be a multiple of 4 for patches of 2 pixels"):
         small(size=30)
-    with pytest.raises(ValueError, match="the network takes 32²"):
+    with pytest.raises(ValueError, match="the network takes 32 × 32 alone"):
         small()(torch.zeros(1, 3, 64, 64))
 
 
