@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
@@ -176,8 +177,8 @@ class ControlLDM(Backbone):
             self.contexts = nn.Parameter(embed(model, mixes, tokenizer_of(start, tokenizer)))
             self.register_to_config(tokens=self.contexts.shape[1])
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-            self.controlnet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(_checkpointed)
+            self.controlnet.enable_gradient_checkpointing(_checkpointed)
         self.edge_detector = _edge_detector(edges, hed)
         self.requires_grad_(learn == "all")
         for part in (self.vae, self.edge_detector):
@@ -358,6 +359,14 @@ def controlled(prompt: Tensor, control: Sequence[Tensor]) -> dict[str, Any]:
         "mid_block_additional_residual": control[-1],
         "return_dict": False,
     }
+
+
+def _checkpointed(block: nn.Module, *arguments: Any) -> Any:
+    """Call a block and keep none of its activations; the backward pass calls it again, with the same weights.
+
+    They are handed over because those of a call by ``functional_call`` are no longer in place then.
+    """
+    return checkpoint(functional_call, block, dict(block.named_parameters()), arguments, use_reentrant=False)
 
 
 def _edge_detector(edges: str, hed: str | None) -> nn.Module:
