@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.checkpoints import layout
+from diffusion.checkpoints.parts import built, check_weights, read_json, read_part
 from errors import InputError
 from networks.dhi import siamese_hint
 from networks.weight_files import read_weights
@@ -190,26 +191,13 @@ def _is_vae_attention(name: str) -> bool:
 def _check(model: Model, where: str) -> None:
     """Raise unless every network has exactly the weights that its configuration asks for."""
     for folder, weights in model.weights.items():
-        with torch.device("meta"):
-            network = _network(model, folder)
-        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        what = f"{where}: the {folder}"
+        expected = built(partial(_network, model, folder), what).state_dict()
         if folder == "text_encoder":  # transformers has named them without the prefix since version 5
             expected = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in expected.items()}
         if folder == "controlnet" and "hint" in model.weights:
             expected = {k: v for k, v in expected.items() if "controlnet_cond_embedding" not in k}
-        found = {key: tuple(value.shape) for key, value in weights.items() if key != _POSITIONS}
-        wrong = [f"{key} is missing" for key in expected.keys() - found.keys()]
-        wrong += [f"{key} is unexpected" for key in found.keys() - expected.keys()]
-        wrong += [
-            f"{key} is {found[key]}, not {expected[key]}"
-            for key in found.keys() & expected.keys()
-            if found[key] != expected[key]
-        ]
-        if wrong:
-            raise InputError(
-                f"{where}: the {folder} is not whole: {len(wrong)} weights differ from what its shape asks "
-                f"for ({'; '.join(sorted(wrong)[:3])})"
-            )
+        check_weights({key: v for key, v in weights.items() if key != _POSITIONS}, expected, what)
 
 
 def _network(model: Model, folder: str) -> nn.Module:
@@ -241,28 +229,29 @@ def read_folder(folder: str | Path) -> Model:
         part = path / name
         if not part.is_dir():
             continue
-        stored = [p for p in sorted(part.glob("*.safetensors")) if p.stem.count(".") == 0]
-        if len(stored) != 1:
-            raise InputError(
-                f"{part}: holds {len(stored)} safetensors files; there should be one, of all weights"
-            )
-        try:
-            model.weights[name] = load_file(stored[0])
-            if name != "hint":
-                model.configs[name] = json.loads((part / "config.json").read_text())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{part}: cannot be read ({error}); fetch it again") from error
+        model.weights[name] = read_part(part)
+        if name != "hint":
+            model.configs[name] = read_json(part / "config.json")
     for name in ("unet", "vae"):
         if name not in model.weights:
             raise InputError(f"{path}: has no {name}/; give the folder of a Stable Diffusion pipeline")
     schedule = path / "scheduler" / "scheduler_config.json"
     if schedule.is_file():
-        settings = json.loads(schedule.read_text())
+        settings = read_json(schedule)
         model.betas = (settings["beta_start"], settings["beta_end"])
     if (path / EXTRAS).is_file():
-        model.extras = load_file(path / EXTRAS)
+        model.extras = read_weights(path / EXTRAS)
+    network = built(partial(_network, model, "vae"), f"{path}: the vae")
+    model.weights["vae"] = _with_new_names(network, model.weights["vae"])
     _check(model, str(path))
     return model
+
+
+def _with_new_names(vae: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a VAE, old names of its attention changed as diffusers changes them."""
+    renamed = dict(weights)
+    vae._fix_state_dict_keys_on_load(renamed)
+    return {name: _flat(name, value) for name, value in renamed.items()}
 
 
 def local(folder: str | Path) -> Path:
@@ -275,10 +264,14 @@ def local(folder: str | Path) -> Path:
         return Path(folder)
     name = str(folder)
     wanted = [f"{folder}/*" for folder in (*FOLDERS, "tokenizer", "scheduler")]
+    other = ["*.msgpack", "*.non_ema.*"]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.bin", "*.fp16.*", "*.msgpack"])
+        path = Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*other, "*.bin", "*.fp16.*"])
         )
+        if any(not [*file.parent.glob("*.safetensors")] for file in path.glob("*/config.json")):
+            path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=other))
+        return path
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import (
     convert_controlnet_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -20,7 +21,7 @@ from diffusion.checkpoints import (
     read_original,
     write_folder,
 )
-from diffusion.checkpoints.model import schedule_tables
+from diffusion.checkpoints.model import local, schedule_tables
 from errors import InputError
 from networks.weight_files import read_weights, write_weights
 from original import KINDS, SAMPLE, checkpoint, fixture, inputs
@@ -119,6 +120,64 @@ def test_a_model_without_a_controlnet_starts_from_its_encoder(originals, tokeniz
                 assert torch.equal(value, network.unet.state_dict()[name]), name
             elif name.startswith("controlnet_"):
                 assert not value.any()
+
+
+def old_names(weights, four):
+    """Return the VAE's weights as old folders name them, some of them 1 × 1 convolutions."""
+    new, renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}, {}
+    for key, value in weights.items():
+        for name, old in new.items():
+            key = key.replace(f"attentions.0.{name}.", f"attentions.0.{old}.")
+        convolution = four and key.endswith(("query.weight", "key.weight"))
+        renamed[key] = value[..., None, None] if convolution else value
+    return renamed
+
+
+@pytest.mark.parametrize("four", [False, True])
+def test_a_vae_with_the_old_names_of_its_attention_decodes_as_ever(four, originals, tokenizer, tmp_path):
+    write_folder(read_original(originals["controlldm"], heads=4), tmp_path / "folder", tokenizer)
+    before, z = backbone("controlldm", tmp_path / "folder", tokenizer), inputs()["x"]
+    file = tmp_path / "folder" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = old_names(load_file(file), four)
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in weights
+    save_file(weights, file)
+    after = backbone("controlldm", tmp_path / "folder", tokenizer)
+    with torch.no_grad():
+        assert torch.equal(after.decode(z), before.decode(z))
+        if not four:
+            theirs = AutoencoderKL.from_pretrained(tmp_path / "folder" / "vae")
+            assert torch.equal(after.decode(z), theirs.decode(z / theirs.config.scaling_factor).sample)
+
+
+@pytest.mark.parametrize("kind", ["bin", "fp16.safetensors", "fp16.bin"])
+def test_other_files_of_weights_are_read_where_there_is_no_usual_one(kind, originals, tmp_path):
+    write_folder(read_original(originals["controlldm"], heads=4), tmp_path / "folder")
+    expected = read_folder(tmp_path / "folder").weights["unet"]
+    usual = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
+    write_weights(expected, usual.with_name(f"diffusion_pytorch_model.{kind}"))
+    usual.unlink()
+    found = read_folder(tmp_path / "folder").weights["unet"]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    usual.with_name(f"diffusion_pytorch_model.{kind}").unlink()
+    with pytest.raises(InputError, match=r"unet: holds no weights \(\*.safetensors, "):
+        read_folder(tmp_path / "folder")
+
+
+def test_the_hub_is_asked_for_other_files_where_it_has_no_usual_ones(tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append("*.bin" in ignore_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("diffusion.checkpoints.model.snapshot_download", download)
+    assert local("someone/old") == tmp_path
+    assert asked == [True, False]
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    local("someone/new")
+    assert asked == [True, False, True]
 
 
 def broken(tmp_path, change):
