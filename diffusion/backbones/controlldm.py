@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
-from diffusion.checkpoints import Model, embed, read_model, tokenizer_of
+from diffusion.checkpoints import Model, described, embed, read_model, tokenizer_of
 from diffusion.hints import Sobel, coloured, contour, grey_levels
 from diffusion.schedule import add_noise
 from errors import InputError
@@ -78,7 +78,8 @@ class ControlLDM(Backbone):
         negative_prompt: what guidance leads away from.
         gradient_checkpointing: trade a third more time for a training that needs much less memory.
         start: what to start from: a Stable Diffusion folder of diffusers or its id on the hub, with or
-            without a ControlNet, or a checkpoint file of the original repositories; None starts anew.
+            without a ControlNet, or a checkpoint file of the original repositories; None starts anew. What
+            it says of its schedule and prediction takes the place of arguments at their default.
         tokenizer: folder or id of CLIP's tokenizer, where ``start`` has none.
         heads: attention heads of the U-Net of an original checkpoint, which does not say; None is Stable
             Diffusion's 8, or one for each 64 features where prompts have not 768.
@@ -144,11 +145,20 @@ class ControlLDM(Backbone):
         self.prompt_dropout = prompt_dropout
         self.guidance = guidance
         self.learnt_prompts = learn == "all"
-        self._set_loss(prediction, snr_gamma)
-        self.betas = (beta_start, beta_end)
-        self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
-        self.final_alpha = 1 - beta_start  # ᾱ_0, where the original sampler ends
+        schedule: dict[str, Any] = {
+            "beta_schedule": beta_schedule,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "train_steps": train_steps,
+            "prediction": prediction,
+        }
         model = None if start is None else read_model(start, heads)
+        if model is not None:
+            schedule = self._adopted(schedule, model.schedule)
+            self.register_to_config(**schedule)
+        self._set_loss(schedule.pop("prediction"), snr_gamma)
+        self._register_schedule(**schedule)
+        self.final_alpha = 1 - schedule["beta_start"]  # ᾱ_0, where the original sampler ends
         trained_vae = None if autoencoder is None else load_pretrained(autoencoder, Autoencoder).vae
         if model is not None:
             unet_config, vae_config = (_settings(model.configs[part]) for part in ("unet", "vae"))
@@ -243,8 +253,8 @@ class ControlLDM(Backbone):
         parts = {"unet": self.unet, "controlnet": self.controlnet, "vae": self.vae}
         weights = {"unet": dict(self.unet.state_dict()), "controlnet": control}
         weights |= {} if stock else {"hint": dict(hint)}
-        configs = {name: {"_class_name": type(part).__name__, **part.config} for name, part in parts.items()}
-        return Model(configs, weights | {"vae": dict(self.vae.state_dict())}, self.betas)
+        configs = {name: described(part) for name, part in parts.items()}
+        return Model(configs, weights | {"vae": dict(self.vae.state_dict())}, self.schedule())
 
     def stock_controlnet(self) -> ControlNetModel:
         """Return a ControlNet that encodes its hint itself, as pipelines of diffusers expect it."""

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.checkpoints import layout
-from diffusion.checkpoints.parts import built, check_weights, read_json, read_part
+from diffusion.checkpoints.parts import (
+    BETA_SCHEDULES,
+    built,
+    check_weights,
+    read_json,
+    read_part,
+    read_schedule,
+    with_new_names,
+)
 from errors import InputError
 from networks.dhi import siamese_hint
 from networks.weight_files import read_weights
@@ -33,6 +41,17 @@ from networks.weight_files import read_weights
 FOLDERS = ("unet", "controlnet", "hint", "vae", "text_encoder")
 EXTRAS = "original.safetensors"
 """What an original checkpoint holds beside the networks, kept for the way back."""
+
+RULE = ("beta_schedule", "beta_start", "beta_end", "train_steps")
+SCHEDULE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "train_steps": 1000,
+    "prediction": "epsilon",
+    "clip_sample": False,
+}
+"""The schedule of Stable Diffusion, for what a model does not say."""
 
 _POSITIONS = "text_model.embeddings.position_ids"
 _EXPLAINED = re.compile(
@@ -52,21 +71,27 @@ class Model:
     Attributes:
         configs: ``config.json`` of each network; none for ``hint``.
         weights: of each network, diffusers' names.
-        betas: first and last β of the schedule, ``scaled_linear``.
+        schedule: what is known of its schedule, by the names of a backbone's arguments.
         extras: what an original checkpoint holds beside the networks, original names.
     """
 
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    betas: tuple[float, float] = (0.00085, 0.012)
+    schedule: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def rule(self) -> tuple[Any, ...]:
+        """Kind, first and last β, and length of its schedule; Stable Diffusion's where that is not known."""
+        schedule = SCHEDULE | self.schedule
+        return tuple(schedule[key] for key in RULE)
+
     def __str__(self) -> str:
-        """Return what there is, a line each."""
-        lines = [f"{len(weights):5d} weights of {name}" for name, weights in self.weights.items()]
+        """Return what there is, a line each; a network that lacks a weight is none."""
+        lines = [f"all {len(weights):5d} weights of {name}" for name, weights in self.weights.items()]
         if self.extras:
             shown = ", ".join(list(self.extras)[:3])
-            lines.append(f"{len(self.extras):5d} that no network uses: {shown}, …")
+            lines.append(f"and {len(self.extras):5d} that no network uses: {shown}, …")
         return "\n".join(lines)
 
 
@@ -137,16 +162,33 @@ def read_original(file: str | Path, heads: int | None = None) -> Model:
             f"({', '.join(sorted(left)[:3])}, …): it is of another architecture"
         )
     if "betas" in extras:
-        betas = extras["betas"].double()
-        first, last = (float(f"{value:.3g}") for value in betas[[0, -1]].tolist())
-        model.betas = (first, last)
-        if not torch.allclose(schedule_tables(first, last, len(betas))["betas"].double(), betas, rtol=2e-3):
-            raise InputError(
-                f"{file}: its β go from {first:g} to {last:g} by another rule than scaled_linear, which all "
-                "models of latent diffusion have"
-            )
+        model.schedule = _rule(extras["betas"].double(), str(file))
     _check(model, str(file))
     return model
+
+
+def _rule(betas: Tensor, where: str) -> dict[str, Any]:
+    """Return the schedule that a table of β follows.
+
+    Raises:
+        InputError: there is none.
+    """
+    if betas.ndim == 1 and len(betas) > 1 and 0 < betas[0] <= betas[-1] < 1:
+        first, last = (float(f"{value:.3g}") for value in betas[[0, -1]].tolist())
+        for kind in BETA_SCHEDULES:
+            if torch.allclose(
+                schedule_tables(kind, first, last, len(betas))["betas"].double(), betas, rtol=2e-3
+            ):
+                return {
+                    "beta_schedule": kind,
+                    "beta_start": first,
+                    "beta_end": last,
+                    "train_steps": len(betas),
+                }
+    raise InputError(
+        f"{where}: its betas {tuple(betas.shape)} follow another rule than {' and '.join(BETA_SCHEDULES)}, "
+        "which models of latent diffusion have"
+    )
 
 
 def _describe(model: Model, own: Mapping[str, dict[str, Tensor]], heads: int | None) -> None:
@@ -235,23 +277,14 @@ def read_folder(folder: str | Path) -> Model:
     for name in ("unet", "vae"):
         if name not in model.weights:
             raise InputError(f"{path}: has no {name}/; give the folder of a Stable Diffusion pipeline")
-    schedule = path / "scheduler" / "scheduler_config.json"
-    if schedule.is_file():
-        settings = read_json(schedule)
-        model.betas = (settings["beta_start"], settings["beta_end"])
+    model.schedule = read_schedule(path)
     if (path / EXTRAS).is_file():
         model.extras = read_weights(path / EXTRAS)
-    network = built(partial(_network, model, "vae"), f"{path}: the vae")
-    model.weights["vae"] = _with_new_names(network, model.weights["vae"])
+    vae = built(partial(_network, model, "vae"), f"{path}: the vae")
+    named = with_new_names(vae, model.weights["vae"])
+    model.weights["vae"] = {name: _flat(name, value) for name, value in named.items()}
     _check(model, str(path))
     return model
-
-
-def _with_new_names(vae: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a VAE, old names of its attention changed as diffusers changes them."""
-    renamed = dict(weights)
-    vae._fix_state_dict_keys_on_load(renamed)
-    return {name: _flat(name, value) for name, value in renamed.items()}
 
 
 def local(folder: str | Path) -> Path:
@@ -293,11 +326,15 @@ def write_folder(model: Model, folder: str | Path, tokenizer: Path | None = None
         tokenizer: folder of the tokenizer to put beside it; a pipeline of diffusers needs one.
 
     Raises:
-        InputError: the folder exists.
+        InputError: the folder exists, or there is no such tokenizer.
     """
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder}: exists; remove it, or give another folder")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise InputError(
+            f"tokenizer {tokenizer}: is no folder; give that of CLIP's vocab.json and merges.txt"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -310,7 +347,8 @@ def write_folder(model: Model, folder: str | Path, tokenizer: Path | None = None
                 _write_json(partial / name / "config.json", model.configs[name])
         (partial / "scheduler").mkdir()
         _write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config(model))
-        _write_json(partial / "model_index.json", _index(model, tokenizer is not None))
+        if "vae" in model.weights:
+            _write_json(partial / "model_index.json", _index(model, tokenizer is not None))
         if tokenizer is not None:
             shutil.copytree(tokenizer, partial / "tokenizer")
         if model.extras:
@@ -326,18 +364,19 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def scheduler_config(model: Model) -> dict[str, Any]:
     """Return the configuration of diffusers' DDIM that takes the steps of the original code."""
+    schedule, latent = SCHEDULE | model.schedule, "vae" in model.weights
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": diffusers.__version__,
-        "num_train_timesteps": 1000,
-        "beta_start": model.betas[0],
-        "beta_end": model.betas[1],
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
+        "num_train_timesteps": schedule["train_steps"],
+        "beta_start": schedule["beta_start"],
+        "beta_end": schedule["beta_end"],
+        "beta_schedule": schedule["beta_schedule"],
+        "clip_sample": schedule["clip_sample"],
+        "set_alpha_to_one": not latent,
+        "steps_offset": int(latent),
         "timestep_spacing": "leading",
-        "prediction_type": "epsilon",
+        "prediction_type": {"v": "v_prediction"}.get(schedule["prediction"], schedule["prediction"]),
     }
 
 
@@ -368,7 +407,7 @@ def _index(model: Model, tokenizer: bool) -> dict[str, Any]:
 
 def original_weights(model: Model) -> dict[str, Tensor]:
     """Return the weights of a model under original names, with the tables that the original code asks for."""
-    weights = dict(model.extras) or schedule_tables(*model.betas)
+    weights = dict(model.extras) or schedule_tables(*model.rule)
     if not model.extras and "text_encoder" in model.configs:
         weights[layout.TEXT + _POSITIONS] = torch.arange(
             model.configs["text_encoder"]["max_position_embeddings"]
@@ -383,9 +422,12 @@ def original_weights(model: Model) -> dict[str, Tensor]:
     return weights
 
 
-def schedule_tables(beta_start: float, beta_end: float, train_steps: int = 1000) -> dict[str, Tensor]:
+def schedule_tables(
+    beta_schedule: str, beta_start: float, beta_end: float, train_steps: int
+) -> dict[str, Tensor]:
     """Return the tables of the schedule that an original checkpoint carries, float32 ``(T,)`` each."""
-    betas = np.linspace(beta_start**0.5, beta_end**0.5, train_steps, dtype=np.float64) ** 2
+    root = 0.5 if beta_schedule == "scaled_linear" else 1.0
+    betas = np.linspace(beta_start**root, beta_end**root, train_steps, dtype=np.float64) ** (1 / root)
     bars = np.cumprod(1 - betas)
     before = np.append(1.0, bars[:-1])
     variance = betas * (1 - before) / (1 - bars)

@@ -1,10 +1,11 @@
 """A network as diffusers writes it: a folder of ``config.json`` and one file of weights."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,10 @@ from networks.weight_files import read_weights
 
 KINDS = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")
 """How a file of weights ends; the first kind that there is one of is read."""
+
+BETA_SCHEDULES = ("scaled_linear", "linear")
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+"""What a backbone's schedule can be, by the names of diffusers."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -43,6 +48,54 @@ def read_part(part: Path) -> dict[str, Tensor]:
         if stored:
             raise InputError(f"{part}: holds {len(stored)} {kind} files; there should be one, of all weights")
     raise InputError(f"{part}: holds no weights ({', '.join(f'*.{kind}' for kind in KINDS)})")
+
+
+def read_schedule(folder: Path) -> dict[str, Any]:
+    """Return what ``scheduler/`` says, by the names of a backbone's arguments; {} where there is none.
+
+    Raises:
+        InputError: it cannot be read, lacks a setting, or is a schedule that no backbone has.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return {}
+    given = read_json(file)
+    known: dict[str, Sequence[Any]] = {
+        "beta_schedule": BETA_SCHEDULES,
+        "prediction_type": tuple(PREDICTIONS),
+        "trained_betas": (None,),
+        "rescale_betas_zero_snr": (False,),
+    }
+    for key, values in known.items():
+        if given.get(key, values[0]) not in values:
+            raise InputError(
+                f"{file}: {key} is {given[key]}, and a backbone's is {' or '.join(map(str, values))}; give a "
+                "model that was trained so"
+            )
+    try:
+        found = {
+            "beta_schedule": given["beta_schedule"],
+            "beta_start": float(given["beta_start"]),
+            "beta_end": float(given["beta_end"]),
+            "train_steps": int(given["num_train_timesteps"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: lacks a setting, or has no number for one ({error})") from error
+    found["prediction"] = PREDICTIONS[given.get("prediction_type", "epsilon")]
+    return found | {key: given[key] for key in ("clip_sample",) if key in given}
+
+
+def described(network: Any) -> dict[str, Any]:
+    """Return what ``config.json`` says of a network of diffusers."""
+    settings = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    return {"_class_name": type(network).__name__, "_diffusers_version": diffusers.__version__, **settings}
+
+
+def with_new_names(network: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with old names of attention changed as diffusers changes them when it loads them."""
+    renamed = dict(weights)
+    network._fix_state_dict_keys_on_load(renamed)
+    return renamed
 
 
 def built(build: Callable[[], nn.Module], where: str) -> nn.Module:

@@ -12,7 +12,7 @@ from errors import InputError
 from networks.autoencoder import Autoencoder
 from networks.hed import HED
 from networks.pretrained import load_pretrained, save_pretrained
-from original import inputs
+from original import edit, inputs
 
 
 @pytest.fixture
@@ -231,6 +231,47 @@ def test_prompts_are_embedded_once(originals, tokenizer, tmp_path):
     (tmp_path / "start").rename(tmp_path / "elsewhere")  # what was started from is not needed again
     again = load_pretrained(tmp_path / "weights", ControlLDM)
     assert torch.equal(again.contexts, backbone.contexts)
+
+
+@pytest.fixture
+def stable(originals, tokenizer, tmp_path):
+    """A folder to start from, and the file of its schedule."""
+    write_folder(read_original(originals["controlldm"], heads=4), tmp_path / "start", tokenizer)
+    return tmp_path / "start", tmp_path / "start" / "scheduler" / "scheduler_config.json"
+
+
+def test_schedule_and_prediction_of_what_one_starts_from_are_taken_over(stable, tmp_path):
+    start, file = stable
+    assert ControlLDM(start=str(start)).config.beta_end == 0.012
+    edit(file, prediction_type="v_prediction", beta_schedule="linear", beta_end=0.02, num_train_timesteps=500)
+    backbone = ControlLDM(start=str(start))
+    expected = DDPMScheduler(500, 0.00085, 0.02, "linear").alphas_cumprod
+    assert torch.equal(backbone.alphas_cumprod, expected)
+    assert (backbone.prediction, backbone.config.prediction) == ("v", "v")
+    assert ControlLDM(start=str(start), beta_end=0.02).config.beta_end == 0.02
+    with pytest.raises(InputError, match=r"start: its model has beta_end 0.02, not 0.03: set it so"):
+        ControlLDM(start=str(start), beta_end=0.03)
+    save_pretrained(backbone, tmp_path / "weights", {})
+    again = load_pretrained(tmp_path / "weights", ControlLDM)
+    assert again.prediction == "v"
+    assert torch.equal(again.alphas_cumprod, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, and a backbone's is False"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2, .* or linear"),
+        ({"prediction_type": "sample"}, "prediction_type is sample"),
+        ({"beta_end": "much"}, "has no number for one"),
+        ({"beta_end": 1.0}, "beta_end 1 after 1000 train_steps: the schedule ends at zero"),
+    ],
+)
+def test_a_schedule_that_no_backbone_has_is_refused(settings, said, stable):
+    start, file = stable
+    edit(file, **settings)
+    with pytest.raises(InputError, match=said):
+        ControlLDM(start=str(start))
 
 
 @pytest.mark.parametrize(
