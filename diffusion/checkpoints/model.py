@@ -6,6 +6,7 @@ copied, never computed with, so that there and back changes no bit of them.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -149,8 +150,12 @@ def read_original(file: str | Path, heads: int | None = None) -> Model:
     model = Model(extras=extras)
     try:
         _describe(model, own, heads)
-    except (KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
         raise InputError(f"{file}: lacks the weight {error}, which its other weights ask for") from error
+    except (IndexError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{file}: has a weight of another name or shape than latent diffusion's ({error})"
+        ) from error
     for folder in [name for name in FOLDERS if own.get(name)]:
         prefix, names = _names(model, folder)
         found = layout.renamed(own[folder], names)
@@ -215,7 +220,10 @@ def _describe(model: Model, own: Mapping[str, dict[str, Tensor]], heads: int | N
         model.configs["controlnet"] = {"_class_name": "ControlNetModel", **version, **settings}
     vae = layout.vae_settings(own["vae"], layout.vae_shape(own["vae"]))
     if "scale_factor" in model.extras:
-        vae["scaling_factor"] = float(f"{model.extras['scale_factor'].item():.7g}")
+        scale = float(f"{model.extras['scale_factor'].item():.7g}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale_factor {scale}")
+        vae["scaling_factor"] = scale
     model.configs["vae"] = {"_class_name": "AutoencoderKL", **version, **vae}
     if own["text_encoder"]:
         model.configs["text_encoder"] = layout.text_settings(own["text_encoder"])
@@ -295,6 +303,8 @@ def local(folder: str | Path) -> Path:
     """
     if Path(folder).is_dir():
         return Path(folder)
+    if Path(folder).is_file():
+        raise InputError(f"{folder}: is a file; give the folder of a model in the layout of diffusers")
     name = str(folder)
     wanted = [f"{folder}/*" for folder in (*FOLDERS, "tokenizer", "scheduler")]
     other = ["*.msgpack", "*.non_ema.*"]
@@ -307,9 +317,7 @@ def local(folder: str | Path) -> Path:
         return path
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: is no folder, no file, and not to be had from the hub ({reason})"
-        ) from error
+        raise InputError(f"{name}: is neither here nor to be had from the hub ({reason})") from error
 
 
 def read_model(start: str | Path, heads: int | None = None) -> Model:

@@ -1,7 +1,10 @@
 import json
 import os
 import pickle
+from collections import defaultdict
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -21,6 +24,7 @@ from diffusion.checkpoints import (
     read_original,
     write_folder,
 )
+from diffusion.checkpoints.layout import UNET
 from diffusion.checkpoints.model import local, schedule_tables
 from errors import InputError
 from networks.weight_files import read_weights, write_weights
@@ -83,8 +87,9 @@ def test_every_wrapper_and_prefix_is_read(wrapper, suffix, tmp_path):
 
 def test_the_prefix_of_parallel_training_is_taken_off(tmp_path):
     weights = checkpoint("controlldm")
-    torch.save({"module": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "model.pth")
-    assert read_weights(tmp_path / "model.pth").keys() == weights.keys()
+    for prefix in ("module.", "module._forward_module.", "_forward_module.module.", "model."):
+        torch.save({"module": {f"{prefix}{k}": v for k, v in weights.items()}}, tmp_path / "model.pth")
+        assert read_weights(tmp_path / "model.pth").keys() == weights.keys()
 
 
 def test_names_agree_with_those_of_diffusers(originals):
@@ -208,6 +213,29 @@ def broken(tmp_path, change):
             lambda w: w.update(betas=torch.linspace(0.1, 0.2, 1000) ** 3),
             "another rule than scaled_linear and",
         ),
+        *[
+            (lambda w, betas=betas: w.update(betas=betas), "betas .* another rule than scaled_linear")
+            for betas in (torch.zeros(1), torch.tensor(1.0), torch.ones(1000), torch.ones(2, 2))
+        ],
+        (
+            lambda w: w.update(scale_factor=torch.ones(4)),
+            "has a weight of another name or shape .*4 elements",
+        ),
+        (
+            lambda w: w.update(scale_factor=torch.tensor(torch.nan)),
+            "another name or shape .*scale_factor nan",
+        ),
+        (lambda w: w.update({f"{UNET}out.2.bias": torch.full((4,), torch.nan)}), "conv_out.bias holds NaN"),
+        (lambda w: w.update({f"{UNET}out.2.bias": torch.ones(4).int()}), "conv_out.bias is torch.int32, not"),
+        (
+            lambda w: w.update({f"{UNET}input_blocks.x.0.weight": torch.ones(4)}),
+            "another name or shape .*'x'",
+        ),
+        (lambda w: w.update({f"{UNET}input_blocks.0.0.weight": torch.ones(())}), "another name or shape"),
+        (
+            lambda w: w.update({f"{UNET}input_blocks.1.0.in_layers.2.weight": torch.ones(48, 32, 3, 3)}),
+            r"the unet describes no network \(ValueError",
+        ),
         (lambda w: (w.clear(), w.update({"conv.weight": torch.zeros(2)})), "it is no whole model of latent"),
     ],
     ids=[
@@ -217,6 +245,9 @@ def broken(tmp_path, change):
         "other channels",
         "no vae",
         "other schedule",
+        *("no schedule: one β", "no schedule: a number", "no schedule: ones", "no schedule: a matrix"),
+        *("scales of the latents", "no scale", "no number", "whole numbers"),
+        *("odd name", "a number for a convolution", "odd width"),
         "another network",
     ],
 )
@@ -262,6 +293,47 @@ def test_an_old_lightning_file_is_read_without_its_objects(tmp_path, monkeypatch
     assert module.__name__ not in sys.modules
 
 
+def test_settings_and_numbers_in_a_lightning_file_are_not_looked_at(tmp_path, monkeypatch):
+    """Settings as omegaconf pickles them: they name their own classes and those of what they hold."""
+    import sys
+    import types
+
+    kinds = {"listconfig": "ListConfig", "nodes": "AnyNode", "base": "ContainerMetadata"}
+    made = {}
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    for where, name in kinds.items():
+        module = types.ModuleType(f"omegaconf.{where}")
+        made[name] = type(name, (), {"__module__": module.__name__})
+        setattr(module, name, made[name])
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    settings, node, facts = (made[name]() for name in kinds.values())
+    facts.__dict__ |= {"object_type": list, "key_type": int, "ref_type": Any, "flags": defaultdict(dict)}
+    settings.__dict__ |= {"_metadata": facts, "_content": [node]}
+    callback = {"best": np.float64(0.5), "step": np.int64(3), "seen": defaultdict(list, {"a": [1]})}
+    weights = {"a": torch.ones(2)}
+    content = {"state_dict": weights, "hyper_parameters": {"size": settings}, "callbacks": {"x": callback}}
+    torch.save(content, tmp_path / "old.ckpt")
+    for name in ("omegaconf", *(f"omegaconf.{where}" for where in kinds)):
+        monkeypatch.delitem(sys.modules, name)
+    assert torch.equal(read_weights(tmp_path / "old.ckpt")["a"], weights["a"])
+    assert not any(name.startswith("omegaconf") for name in sys.modules)
+
+
+def test_files_are_read_by_what_they_hold(tmp_path):
+    weights = {"a": torch.ones(2)}
+    save_file(weights, tmp_path / "model.ckpt")
+    torch.save(weights, tmp_path / "model.safetensors")
+    for name in ("model.ckpt", "model.safetensors"):
+        assert torch.equal(read_weights(tmp_path / name)["a"], weights["a"])
+    (tmp_path / "page.ckpt").write_text("<html>404</html>")
+    with pytest.raises(InputError, match=r"page.ckpt: is damaged or no .* \(it begins with b'<html>404"):
+        read_weights(tmp_path / "page.ckpt")
+    with pytest.raises(InputError, match="is a folder, no checkpoint file"):
+        read_weights(tmp_path)
+    with pytest.raises(InputError, match=r"page.ckpt: is a file; give the folder"):
+        read_folder(tmp_path / "page.ckpt")
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_a_truncated_file_says_so(suffix, tmp_path):
     file = tmp_path / f"model.{suffix}"
@@ -277,6 +349,9 @@ def test_what_is_no_model_says_so(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="holds no weights by name, but a list"):
         read_weights(tmp_path / "list.pth")
+    torch.save({1: torch.ones(2)}, tmp_path / "numbered.pth")
+    with pytest.raises(InputError, match="holds no weights by name, but a dict"):
+        read_weights(tmp_path / "numbered.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no unet/"):
         read_model(tmp_path / "empty")
