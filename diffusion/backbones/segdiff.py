@@ -112,7 +112,8 @@ class SegDiff(Backbone):
         self.guidance = guidance
         if start is not None and (fusion, mask_encoding) != ("concat", "index"):
             raise InputError(
-                "start: the published network has fusion concat and mask_encoding index; set these"
+                "start: the published network has fusion concat and mask_encoding index; set these, "
+                "as in configs/backbones/segdiff_konz.yaml"
             )
         self.mask_encoding = mask_encoding
         self.num_classes = num_classes

@@ -187,10 +187,15 @@ def test_edges_by_the_network_of_diffboost(batch, tmp_path):
         assert torch.equal(backbone.picture(batch["mask"], batch["image"]), expected.expand(-1, 3, -1, -1))
     assert not any(p.requires_grad for p in backbone.edge_detector.parameters())
     save_pretrained(backbone, tmp_path / "weights", {})
-    assert load_pretrained(tmp_path / "weights", ControlLDM).fingerprint() == backbone.fingerprint()
+    again = load_pretrained(tmp_path / "weights", ControlLDM)
+    assert again.fingerprint() == backbone.fingerprint()
+    picture = again.picture(batch["mask"], batch["image"])
+    assert torch.equal(picture, backbone.picture(batch["mask"], batch["image"]))
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other.pth: holds another network than HED"):
         make_controlldm(edges="hed", hed=str(tmp_path / "other.pth"))
+    with pytest.raises(InputError, match="edges hed: its network has no weights; give hed"):
+        make_controlldm(hint="contour", edges="hed").training_loss(TrainingBatch(**batch))
     with pytest.raises(InputError, match="is of use with edges hed only"):
         make_controlldm(hed=str(tmp_path / "network-bsds500.pth"))
 
@@ -282,6 +287,7 @@ def test_a_schedule_that_no_backbone_has_is_refused(settings, said, stable):
         ({"hint_channels": (4, 8, 8)}, "hint_channels .*halve the mask 2 times, the VAE its images 1 times"),
         ({"image_channels": 2}, "image_channels 2: the VAE reads 3"),
         ({"start": "x", "autoencoder": "y"}, "start and autoencoder: choose one"),
+        ({"vae_config": None}, "autoencoder: there is no VAE; give"),
     ],
 )
 def test_arguments_that_do_not_fit(changes, said):
@@ -297,8 +303,15 @@ def test_sizes_that_the_vae_cannot_halve():
 
 def test_network_of_stable_diffusion():
     """859.5 million parameters in the U-Net, 361.3 in the ControlNet, 83.7 in the VAE."""
+    vae = {
+        "latent_channels": 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
     with torch.device("meta"):
-        backbone = ControlLDM()
+        backbone = ControlLDM(vae_config=vae)
     counts = {
         "unet": backbone.unet,
         "vae": backbone.vae,
