@@ -389,14 +389,18 @@ def scheduler_config(model: Model) -> dict[str, Any]:
 
 
 def _index(model: Model, tokenizer: bool) -> dict[str, Any]:
-    """Return ``model_index.json``, by which diffusers finds the parts of a pipeline."""
+    """Return ``model_index.json``, by which diffusers finds the parts of a pipeline.
+
+    A ControlNet without a hint encoder of diffusers is no part of one: it would be used with a random one.
+    """
+    apart = {"text_encoder"} | ({"controlnet"} if "hint" in model.weights else set())
     pipeline = (
         "StableDiffusionControlNetPipeline" if "controlnet" in model.weights else "StableDiffusionPipeline"
     )
     parts = {
         name: ["diffusers", config["_class_name"]]
         for name, config in model.configs.items()
-        if name != "text_encoder"
+        if name not in apart
     }
     return {
         "_class_name": pipeline,

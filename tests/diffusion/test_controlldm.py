@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
 
 from conftest import latent_batch, make_controlldm
-from diffusion.backbones import ControlLDM, TrainingBatch
+from diffusion.backbones import ControlLDM, SiameseDiff, TrainingBatch
 from diffusion.checkpoints import read_original, write_folder
 from diffusion.hints import contour
 from diffusion.sampler import Sampler
@@ -135,6 +135,19 @@ def test_gradient_checkpointing_changes_nothing(batch):
     for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
         if a.grad is not None:
             assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", [ControlLDM, SiameseDiff])
+@pytest.mark.parametrize("thrifty", [False, True])
+def test_training_in_bfloat16(batch, kind, thrifty):
+    backbone = make_controlldm(kind=kind, gradient_checkpointing=thrifty).train()
+    example = TrainingBatch(**batch, progress=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = backbone.training_loss(example)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(backbone.training_loss(example).item(), rel=0.05)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in backbone.parameters())
 
 
 def test_images_are_decoded_one_at_a_time_where_a_gradient_is_asked_for(batch):

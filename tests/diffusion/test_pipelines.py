@@ -46,6 +46,15 @@ def both(request, originals, tokenizer, tmp_path_factory):
     return backbone, pipeline
 
 
+def test_a_folder_gives_no_pipeline_with_a_random_hint_encoder(originals, tokenizer, tmp_path):
+    write_folder(read_original(originals["siamesediff"], heads=4), tmp_path / "folder", tokenizer)
+    with pytest.raises(ValueError, match=r"expected .*'controlnet'"):
+        StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "folder")
+    control = SiameseDiff(start=str(tmp_path / "folder")).stock_controlnet()
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "folder", controlnet=control)
+    assert pipeline.controlnet is control
+
+
 def asked(backbone, count=2):
     mask = torch.zeros(count, 64, 64, dtype=torch.long)
     mask[0, 10:30, 20:40] = 1

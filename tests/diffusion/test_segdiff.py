@@ -88,6 +88,18 @@ def test_training_loss_on_v(batch):
     assert torch.allclose(backbone._as_epsilon(v, x_t, t), eps, atol=1e-4)
 
 
+@pytest.mark.parametrize("fusion", ["concat", "sum"])
+def test_training_in_bfloat16(batch, fusion):
+    backbone = make_backbone(fusion=fusion, encoder_width=4, encoder_blocks=1)
+    example = TrainingBatch(x_0=batch["image"], **batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = backbone.training_loss(example)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(backbone.training_loss(example).item(), rel=0.05)
+    assert all(p.grad.isfinite().all() for p in backbone.parameters())
+
+
 def test_features_are_added_to_those_of_the_first_layer(batch):
     backbone = make_backbone(fusion="sum", encoder_width=4, encoder_blocks=1).eval()
     x, t, mask = batch["image"], batch["t"], batch["mask"]
