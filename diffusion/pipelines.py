@@ -7,10 +7,11 @@ import copy
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from diffusion.sampler import SIGNAL
-from diffusion.schedule import predict_x0
+from diffusion.schedule import check_terminal, predict_x0
 from errors import InputError
 from networks.miner import Miner
 from objectives.nativeness import preserve_norm
@@ -35,16 +36,17 @@ def initial_epsilon(
         call: what the pipeline is called with.
 
     Raises:
-        InputError: the scheduler scales its noise, as DDIM does not, or predicts x_0.
+        InputError: the scheduler is not DDIM, its model predicts x_0, or its schedule leaves no signal.
     """
     usual = pipeline.scheduler
     scheduler = copy.copy(usual)
     kind = scheduler.config.prediction_type
-    if float(scheduler.init_noise_sigma) != 1 or kind not in ("epsilon", "v_prediction"):
+    if not isinstance(scheduler, DDIMScheduler) or kind not in ("epsilon", "v_prediction"):
         raise InputError(
             f"{type(scheduler).__name__} ({kind}): a miner shifts the noise of DDIM; set pipeline.scheduler "
             "to DDIMScheduler.from_config(pipeline.scheduler.config)"
         )
+    check_terminal(scheduler.alphas_cumprod, "pipeline.scheduler")
     spaced = scheduler.set_timesteps
 
     def start_at(*arguments: Any, **keywords: Any) -> None:
@@ -91,9 +93,14 @@ def mined_latents(
         call: what the pipeline is called with: prompt, image, guidance_scale, num_inference_steps, ….
 
     Raises:
-        InputError: the scheduler is none that a miner can be used with, or the miner reads a mask and there
-            is none.
+        InputError: the scheduler is none that a miner can be used with, the miner is for other latents, or
+            it reads a mask and there is none.
     """
+    if miner.channels != probe.shape[1]:
+        raise InputError(
+            f"the miner is for noise of {miner.channels} channels, the probe has {probe.shape[1]}; "
+            "give one that was trained against the networks of this pipeline"
+        )
     if miner.num_classes and mask is None:
         raise InputError(f"the miner reads masks of {miner.num_classes} classes: give mask")
     miner = miner.to(probe.device)

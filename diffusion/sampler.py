@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone
-from diffusion.schedule import add_noise, ddim_timesteps, predict_x0
+from diffusion.schedule import add_noise, check_terminal, ddim_timesteps, predict_x0
 from networks.response import Response
 
 GradientMode = Literal["stop", "full"]
@@ -30,7 +30,7 @@ class Sampler:
         calls: forward passes of the backbone so far, counted by sample; guidance needs two a step.
 
     Raises:
-        ValueError: the schedule has a zero terminal signal-to-noise ratio: √(1/ᾱ_T) would be infinite.
+        InputError: the schedule has a zero terminal signal-to-noise ratio: √(1/ᾱ_T) would be infinite.
     """
 
     def __init__(self, backbone: Backbone, steps: int = 50, signal: float = SIGNAL) -> None:
@@ -40,11 +40,7 @@ class Sampler:
         self.pairs = ddim_timesteps(
             steps, len(backbone.alphas_cumprod), backbone.spacing, backbone.steps_offset
         )
-        if float(backbone.alphas_cumprod[-1]) <= 1e-8:
-            raise ValueError(
-                "the schedule ends at zero signal-to-noise ratio (ᾱ_T = 0), where neither x̂_0 nor the "
-                "rollout's gradient √(1/ᾱ_T) is defined; use one that is not rescaled to zero terminal SNR"
-            )
+        check_terminal(backbone.alphas_cumprod, type(backbone).__name__)
 
     @property
     def terminal_alpha(self) -> float:

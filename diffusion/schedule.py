@@ -6,6 +6,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from errors import InputError
+
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
@@ -20,6 +22,24 @@ def alphas_cumprod(beta_schedule: str, beta_start: float, beta_end: float, train
         train_steps: T.
     """
     return DDPMScheduler(train_steps, beta_start, beta_end, beta_schedule).alphas_cumprod
+
+
+def check_terminal(alphas_cumprod: Tensor, where: str) -> None:
+    """Raise where a schedule leaves no signal at its end: neither x̂_0 nor √(1/ᾱ_T) is defined there.
+
+    Args:
+        alphas_cumprod: ᾱ_t ``(T,)``.
+        where: what made the schedule.
+
+    Raises:
+        InputError: ᾱ_T is 0.
+    """
+    if not float(alphas_cumprod[-1]) > 1e-8:
+        raise InputError(
+            f"{where}: the schedule ends at zero signal-to-noise ratio (ᾱ_T = 0), where neither x̂_0 nor the "
+            "rollout's gradient √(1/ᾱ_T) is defined; use one that is not rescaled to zero terminal SNR, such "
+            "as β up to 0.02 in 1000 timesteps"
+        )
 
 
 def ddim_timesteps(

@@ -16,8 +16,8 @@ from torch import Tensor
 from errors import InputError
 
 Wrapper = Literal["bare", "lightning", "deepspeed"]
-PREFIXES = ("_forward_module.", "module.")
-"""What training frameworks put before every name."""
+PREFIXES = ("_forward_module.", "module.", "model.")
+"""What training frameworks put before every name, one before another."""
 
 
 class Inert:
@@ -30,7 +30,15 @@ class Inert:
         pass
 
 
-ALLOWED = (
+class Plain:
+    """Stands in for a dictionary of another class: a plain one."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
+        """Return an empty dictionary, which the unpickler fills."""
+        return {}
+
+
+INERT = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.utilities.enums.GradClipAlgorithmType",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
@@ -38,17 +46,26 @@ ALLOWED = (
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
-    "typing.Any",
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Union")),
+    *("typing.Any", "typing.Union"),
+    *(f"builtins.{kind}" for kind in ("list", "dict", "tuple", "int", "float", "bool", "str")),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
 )
-"""What old Lightning files may name beside tensors; each is read as :class:`Inert`, none is imported."""
+PLAIN = (
+    "collections.defaultdict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
+"""What Lightning files may name beside tensors: settings, and numbers of callbacks. In place of each name
+:class:`Inert` or :class:`Plain` is called; nothing is imported, and none of it is looked at."""
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
     """Return the weights of a checkpoint by name, without wrapper and without a framework's prefix.
 
-    Pickles are read with ``weights_only``: what is not a tensor, a plain container or in :data:`ALLOWED`
-    is refused before anything of it runs.
+    Pickles are read with ``weights_only``: what is not a tensor, a plain container, in :data:`INERT`
+    or in :data:`PLAIN` is refused before anything of it runs.
 
     Args:
         file: ``.safetensors``, or ``.ckpt``, ``.pth``, ``.pt`` or ``.bin``: bare weights, those of a
@@ -59,19 +76,30 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     """
     file = Path(file)
     if not file.is_file():
-        raise InputError(f"{file}: no such checkpoint file")
-    content = _tensors(file) if file.suffix == ".safetensors" else _unpickled(file)
+        raise InputError(f"{file}: {'is a folder, no' if file.is_dir() else 'no such'} checkpoint file")
+    content = _content(file)
     for wrapper in ("state_dict", "module", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
+    named = content.items() if isinstance(content, Mapping) else ()
+    weights = {key: v for key, v in named if isinstance(key, str) and isinstance(v, Tensor)}
+    if not weights:
         raise InputError(f"{file}: holds no weights by name, but a {type(content).__name__}")
-    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
+
+
+def _content(file: Path) -> Any:
+    """Return what a file holds, by its first bytes: people rename files."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    if start[8:] == b"{":
+        return _tensors(file)
+    if start.startswith((b"PK", b"\x80")):
+        return _unpickled(file)
+    raise InputError(f"{file}: is damaged or no checkpoint (it begins with {start!r}); fetch it again")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -82,7 +110,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _unpickled(file: Path) -> Any:
-    stand_ins: list[Any] = [(Inert, name) for name in ALLOWED]
+    stand_ins: list[Any] = [
+        (kind, name) for kind, names in ((Inert, INERT), (Plain, PLAIN)) for name in names
+    ]
     try:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True)

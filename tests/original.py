@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = ("controlldm", "siamesediff")
@@ -75,3 +76,29 @@ def write_tokenizer(folder):
     settings |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_published(folder, **changes):
+    """Write a folder as the training code of Konz et al. does."""
+    torch.manual_seed(4)
+    unet = UNet2DModel(
+        **{
+            "sample_size": 16,
+            "in_channels": 2,
+            "out_channels": 1,
+            "layers_per_block": 2,
+            "block_out_channels": (8, 8, 16),
+            "norm_num_groups": 4,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        }
+        | changes
+    )
+    unet.save_pretrained(folder / "unet")
+    DDPMScheduler(num_train_timesteps=1000).save_pretrained(folder / "scheduler")
+    return unet
+
+
+def edit(file, **settings):
+    """Change settings in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))

@@ -1,13 +1,15 @@
 """What a mask-to-image diffusion model looks like to the miner, the methods and the sampler."""
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffusion.schedule import Spacing, alphas_cumprod, min_snr_mse
+from diffusion.schedule import Spacing, alphas_cumprod, check_terminal, min_snr_mse
 from errors import InputError
 from networks.pretrained import Pretrained
 
@@ -68,7 +70,31 @@ class Backbone(Pretrained, ABC):
         self, beta_schedule: str, beta_start: float, beta_end: float, train_steps: int
     ) -> None:
         table = alphas_cumprod(beta_schedule, beta_start, beta_end, train_steps)
+        if not table.is_meta:
+            check_terminal(table, f"beta_end {beta_end:g} after {train_steps} train_steps")
         self.register_buffer("alphas_cumprod", table, persistent=False)
+
+    def schedule(self) -> dict[str, Any]:
+        """Return what the network was trained under, by the names of arguments."""
+        names = ("beta_schedule", "beta_start", "beta_end", "train_steps", "prediction")
+        return {**{name: self.config[name] for name in names}, "clip_sample": self.clip_sample}
+
+    def _adopted(self, given: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments with those of the model to start from in their place.
+
+        Raises:
+            InputError: one was given, for it is not the default, and is not the model's.
+        """
+        usual = inspect.signature(type(self).__init__).parameters
+        taken = {key: found[key] for key in given if key in found}
+        wrong = [
+            f"{key} {value}, not {given[key]}"
+            for key, value in taken.items()
+            if given[key] not in (value, usual[key].default)
+        ]
+        if wrong:
+            raise InputError(f"start: its model has {'; '.join(wrong)}: set it so, or leave it out")
+        return {**given, **taken}
 
     @property
     def passes(self) -> int:

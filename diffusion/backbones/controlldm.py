@@ -14,10 +14,11 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
-from diffusion.checkpoints import Model, embed, read_model, tokenizer_of
+from diffusion.checkpoints import Model, described, embed, read_model, tokenizer_of
 from diffusion.hints import Sobel, coloured, contour, grey_levels
 from diffusion.schedule import add_noise
 from errors import InputError
@@ -27,15 +28,10 @@ from networks.pretrained import load_pretrained
 from networks.weight_files import read_weights
 
 STABLE_DIFFUSION_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-STABLE_DIFFUSION_VAE = {
-    "sample_size": 512,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-"""Arguments of the networks of Stable Diffusion 1.5; what is not named is diffusers' default."""
+"""Arguments of the U-Net of Stable Diffusion 1.5; what is not named is diffusers' default."""
+
+HED_MARK = "moduleCombine.0.bias"
+"""The weight that is NaN in a HED whose weights are not known."""
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 """The tokenizer of Stable Diffusion 1.5's text encoder."""
@@ -51,7 +47,7 @@ class ControlLDM(Backbone):
         image_channels: channels of the images; grey ones are repeated for a VAE of three channels.
         num_classes: classes of the masks, background included.
         unet_config: arguments of ``UNet2DConditionModel``; None is the network of Stable Diffusion 1.5.
-        vae_config: arguments of ``AutoencoderKL``; None is that of Stable Diffusion 1.5.
+        vae_config: arguments of ``AutoencoderKL``; None is that of ``start`` or ``autoencoder``.
         hint: what the ControlNet reads of the mask: ``palette``, a colour a class, or ``contour``.
         palette: RGB in [0, 1] of each class; None goes from black to white in even steps.
         edges: edges of the real image that are added to the hint: ``none``, ``sobel``, or ``hed``, by the
@@ -77,7 +73,8 @@ class ControlLDM(Backbone):
         negative_prompt: what guidance leads away from.
         gradient_checkpointing: trade a third more time for a training that needs much less memory.
         start: what to start from: a Stable Diffusion folder of diffusers or its id on the hub, with or
-            without a ControlNet, or a checkpoint file of the original repositories; None starts anew.
+            without a ControlNet, or a checkpoint file of the original repositories; None starts anew. What
+            it says of its schedule and prediction takes the place of arguments at their default.
         tokenizer: folder or id of CLIP's tokenizer, where ``start`` has none.
         heads: attention heads of the U-Net of an original checkpoint, which does not say; None is Stable
             Diffusion's 8, or one for each 64 features where prompts have not 768.
@@ -135,6 +132,10 @@ class ControlLDM(Backbone):
             raise InputError(f"prompt_dropout {prompt_dropout}: must be at least 0 and below 1, such as 0.05")
         if start is not None and autoencoder is not None:
             raise InputError("start and autoencoder: choose one; what one starts from has its own VAE")
+        if start is None and autoencoder is None and vae_config is None:
+            raise InputError(
+                "autoencoder: there is no VAE; give the folder of a trained one, or start from a model"
+            )
         self.image_channels = image_channels
         self.num_classes = num_classes
         self.hint_kind = hint
@@ -143,18 +144,27 @@ class ControlLDM(Backbone):
         self.prompt_dropout = prompt_dropout
         self.guidance = guidance
         self.learnt_prompts = learn == "all"
-        self._set_loss(prediction, snr_gamma)
-        self.betas = (beta_start, beta_end)
-        self._register_schedule(beta_schedule, beta_start, beta_end, train_steps)
-        self.final_alpha = 1 - beta_start  # ᾱ_0, where the original sampler ends
+        schedule: dict[str, Any] = {
+            "beta_schedule": beta_schedule,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "train_steps": train_steps,
+            "prediction": prediction,
+        }
         model = None if start is None else read_model(start, heads)
+        if model is not None:
+            schedule = self._adopted(schedule, model.schedule)
+            self.register_to_config(**schedule)
+        self._set_loss(schedule.pop("prediction"), snr_gamma)
+        self._register_schedule(**schedule)
+        self.final_alpha = 1 - schedule["beta_start"]  # ᾱ_0, where the original sampler ends
         trained_vae = None if autoencoder is None else load_pretrained(autoencoder, Autoencoder).vae
         if model is not None:
             unet_config, vae_config = (_settings(model.configs[part]) for part in ("unet", "vae"))
         elif trained_vae is not None:
             vae_config = _settings(trained_vae.config)
         self.unet = UNet2DConditionModel(**unet_config or STABLE_DIFFUSION_UNET)
-        self.vae = AutoencoderKL(**vae_config or STABLE_DIFFUSION_VAE)
+        self.vae = AutoencoderKL(**vae_config or {})
         self.register_to_config(
             unet_config=_settings(self.unet.config), vae_config=_settings(self.vae.config)
         )
@@ -176,8 +186,8 @@ class ControlLDM(Backbone):
             self.contexts = nn.Parameter(embed(model, mixes, tokenizer_of(start, tokenizer)))
             self.register_to_config(tokens=self.contexts.shape[1])
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-            self.controlnet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(_checkpointed)
+            self.controlnet.enable_gradient_checkpointing(_checkpointed)
         self.edge_detector = _edge_detector(edges, hed)
         self.requires_grad_(learn == "all")
         for part in (self.vae, self.edge_detector):
@@ -242,8 +252,8 @@ class ControlLDM(Backbone):
         parts = {"unet": self.unet, "controlnet": self.controlnet, "vae": self.vae}
         weights = {"unet": dict(self.unet.state_dict()), "controlnet": control}
         weights |= {} if stock else {"hint": dict(hint)}
-        configs = {name: {"_class_name": type(part).__name__, **part.config} for name, part in parts.items()}
-        return Model(configs, weights | {"vae": dict(self.vae.state_dict())}, self.betas)
+        configs = {name: described(part) for name, part in parts.items()}
+        return Model(configs, weights | {"vae": dict(self.vae.state_dict())}, self.schedule())
 
     def stock_controlnet(self) -> ControlNetModel:
         """Return a ControlNet that encodes its hint itself, as pipelines of diffusers expect it."""
@@ -274,7 +284,7 @@ class ControlLDM(Backbone):
         """Return what the ControlNet reads, ``(B, 3, H, W)`` in [0, 1].
 
         Raises:
-            InputError: it reads edges of real images, and there are none.
+            InputError: it reads edges of real images, and there are none, or nothing that finds them.
         """
         hint = coloured(mask, self.palette) if self.hint_kind == "palette" else contour(mask)
         if self.edges != "none":
@@ -283,8 +293,18 @@ class ControlLDM(Backbone):
                     f"edges {self.edges}: the backbone reads edges of real images, and there are only masks "
                     "here; use a backbone with edges none"
                 )
-            hint = (hint + self.edge_detector(image)).clamp(max=1)
+            hint = (hint + self._edges(image)).clamp(max=1)
         return hint.expand(-1, 3, -1, -1)
+
+    def _edges(self, image: Tensor) -> Tensor:
+        """Return edges of images ``(B, 1, H, W)``.
+
+        Raises:
+            InputError: the network that finds them has no weights.
+        """
+        if self.edge_detector.state_dict().get(HED_MARK, torch.zeros(())).isnan().any():
+            raise InputError("edges hed: its network has no weights; give hed, such as network-bsds500.pth")
+        return self.edge_detector(image)
 
     def condition(self, mask: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
         """Return the encoded ``hint`` ``(B, F, H / f, W / f)``, and ``prompt`` and ``negative`` (1, L, D)."""
@@ -360,6 +380,14 @@ def controlled(prompt: Tensor, control: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
+def _checkpointed(block: nn.Module, *arguments: Any) -> Any:
+    """Call a block and keep none of its activations; the backward pass calls it again, with the same weights.
+
+    They are handed over because those of a call by ``functional_call`` are no longer in place then.
+    """
+    return checkpoint(functional_call, block, dict(block.named_parameters()), arguments, use_reentrant=False)
+
+
 def _edge_detector(edges: str, hed: str | None) -> nn.Module:
     """Return what finds the edges of images.
 
@@ -371,13 +399,13 @@ def _edge_detector(edges: str, hed: str | None) -> nn.Module:
             raise InputError(f"hed {hed}: is of use with edges hed only")
         return Sobel()
     detector = HED()
-    if hed is not None:
-        try:
-            detector.load_state_dict(read_weights(hed))
-        except RuntimeError as error:
-            raise InputError(
-                f"hed {hed}: holds another network than HED; give network-bsds500.pth"
-            ) from error
+    if hed is None:  # until those of a trained backbone are loaded
+        detector.state_dict()[HED_MARK].fill_(torch.nan)
+        return detector
+    try:
+        detector.load_state_dict(read_weights(hed))
+    except RuntimeError as error:
+        raise InputError(f"hed {hed}: holds another network than HED; give network-bsds500.pth") from error
     return detector
 
 

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from diffusion.backbones.backbone import Backbone, Prediction, TrainingBatch
-from diffusion.checkpoints import read_pixel_folder
+from diffusion.checkpoints import Model, described, read_pixel_folder
 from diffusion.schedule import add_noise
 from errors import InputError
 from networks.rrdb import RRDBNet
@@ -108,13 +108,12 @@ class SegDiff(Backbone):
             raise InputError(
                 f"guidance {guidance}: needs a model trained with unconditional above 0, such as 0.1"
             )
-        self._set_loss(prediction, snr_gamma)
         self.unconditional = unconditional
         self.guidance = guidance
-        if start is not None and (fusion, mask_encoding, prediction) != ("concat", "index", "epsilon"):
+        if start is not None and (fusion, mask_encoding) != ("concat", "index"):
             raise InputError(
-                "start: the published network has fusion concat, mask_encoding index and prediction epsilon; "
-                "set these"
+                "start: the published network has fusion concat and mask_encoding index; set these, "
+                "as in configs/backbones/segdiff_konz.yaml"
             )
         self.mask_encoding = mask_encoding
         self.num_classes = num_classes
@@ -126,22 +125,24 @@ class SegDiff(Backbone):
             "layers_per_block": layers_per_block,
             "attention_levels": tuple(attention_levels),
             "norm_num_groups": norm_num_groups,
+        }
+        schedule: dict[str, Any] = {
             "beta_schedule": beta_schedule,
             "beta_start": beta_start,
             "beta_end": beta_end,
             "train_steps": train_steps,
             "clip_sample": clip_sample,
+            "prediction": prediction,
         }
         weights = None
         if start is not None:
-            published, weights = read_pixel_folder(start)
-            architecture |= published
-            self.register_to_config(**published)
+            architecture, found, weights = read_pixel_folder(start)
+            schedule = self._adopted(schedule, found)
+            self.register_to_config(**architecture, **schedule)
+        self._set_loss(schedule.pop("prediction"), snr_gamma)
         self.image_channels = architecture["image_channels"]
-        self.clip_sample = architecture["clip_sample"]
-        self._register_schedule(
-            *(architecture[key] for key in ("beta_schedule", "beta_start", "beta_end", "train_steps"))
-        )
+        self.clip_sample = schedule.pop("clip_sample")
+        self._register_schedule(**schedule)
         levels = range(len(architecture["block_out_channels"]))
         attentive = architecture["attention_levels"]
         self.unet = UNet2DModel(
@@ -161,6 +162,20 @@ class SegDiff(Backbone):
             self.encoder = RRDBNet(mask_channels, features, encoder_width, encoder_blocks)
         if weights is not None:
             self.unet.load_state_dict(weights)
+
+    def model(self) -> Model:
+        """Return the network as that of the folders that the published code writes.
+
+        Raises:
+            InputError: it sees the mask in another way than the published one.
+        """
+        if (self.fusion, self.mask_encoding) != ("concat", "index"):
+            raise InputError(
+                f"fusion {self.fusion}, mask_encoding {self.mask_encoding}: the published code has concat "
+                "and index alone; train a network with these"
+            )
+        weights = {"unet": dict(self.unet.state_dict())}
+        return Model({"unet": described(self.unet)}, weights, self.schedule())
 
     def noise_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Return (C, H, W): the noise lives in pixel space."""

@@ -8,11 +8,13 @@ from diffusion.checkpoints.model import (
     read_original,
     write_folder,
 )
+from diffusion.checkpoints.parts import described
 from diffusion.checkpoints.pixel import read_pixel_folder
 from diffusion.checkpoints.prompts import embed, tokenizer_of
 
 __all__ = [
     "Model",
+    "described",
     "embed",
     "original_weights",
     "read_folder",

@@ -3,18 +3,18 @@
 ``python -m diffusion.checkpoints to-diffusers CHECKPOINT FOLDER [--tokenizer FOLDER]``
 ``python -m diffusion.checkpoints to-original FOLDER CHECKPOINT``
 ``python -m diffusion.checkpoints import START WEIGHTS --config configs/backbones/siamesediff.yaml``
-``python -m diffusion.checkpoints export WEIGHTS FOLDER --base START``
+``python -m diffusion.checkpoints export WEIGHTS FOLDER [--base START] [--size PIXELS]``
 """
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import diffusion.backbones as backbones
-from diffusion.backbones import Backbone, ControlLDM
+from diffusion.backbones import Backbone, ControlLDM, SegDiff, SiameseDiff
 from diffusion.checkpoints.model import (
     Model,
     local,
@@ -27,6 +27,8 @@ from diffusion.checkpoints.model import (
 from errors import InputError
 from networks.pretrained import load_pretrained, save_pretrained
 from networks.weight_files import write_weights
+
+KINDS = {kind.__name__: kind for kind in (ControlLDM, SegDiff, SiameseDiff)}
 
 
 def to_diffusers(options: argparse.Namespace) -> Model:
@@ -43,27 +45,39 @@ def to_original(options: argparse.Namespace) -> Model:
     return model
 
 
-def take_in(options: argparse.Namespace) -> Model | None:
+def take_in(options: argparse.Namespace) -> Model:
     """Write weights that this application mines and synthesises with."""
     backbone = configured(options.config, str(options.source), options.heads)
     save_pretrained(backbone, options.target, {"start": str(options.source)})
-    return read_model(options.source, options.heads) if isinstance(backbone, ControlLDM) else None
+    return backbone.model()
 
 
 def give_out(options: argparse.Namespace) -> Model:
-    """Write a trained backbone as a diffusers folder; text encoder and tokenizer are those of ``base``."""
-    backbone = load_pretrained(options.source, ControlLDM)
-    base = read_model(options.base)
+    """Write a trained backbone as a folder; what is none of its networks is that of ``base``."""
+    kind: Any = Backbone
+    backbone = load_pretrained(options.source, kind)
     model = backbone.model()
-    model.extras = base.extras
+    if isinstance(backbone, SegDiff):
+        model.configs["unet"]["sample_size"] = options.size
+        write_folder(model, options.target)
+        return model
+    if options.base is None:
+        raise InputError(f"--base: give what {options.source} was started from, for its text encoder")
+    base = read_model(options.base)
+    if "text_encoder" not in base.weights:
+        raise InputError(f"--base {options.base}: has no text encoder; give a model that has")
     for part in ("weights", "configs"):
         getattr(model, part)["text_encoder"] = getattr(base, part)["text_encoder"]
-    tokenizer = options.tokenizer or (local(options.base) / "tokenizer")
-    write_folder(model, options.target, tokenizer if tokenizer.is_dir() else None)
+    scales = {m.configs["vae"].get("scaling_factor") for m in (model, base)}
+    if base.rule == model.rule and len(scales) == 1:  # averaged weights are those of another training
+        model.extras = {k: v for k, v in base.extras.items() if not k.startswith("model_ema.")}
+    beside = None if options.base.is_file() else local(options.base) / "tokenizer"
+    tokenizer = options.tokenizer or (beside if beside and beside.is_dir() else None)
+    write_folder(model, options.target, tokenizer)
     return model
 
 
-def configured(config: Path, start: str, heads: int | None) -> Backbone:
+def configured(config: Path, start: str, heads: int | None) -> ControlLDM | SegDiff:
     """Return the backbone that a file of ``configs/backbones`` describes, from ``start``.
 
     Raises:
@@ -71,16 +85,16 @@ def configured(config: Path, start: str, heads: int | None) -> Backbone:
     """
     try:
         given = yaml.safe_load(config.read_text())["model"]["init_args"]["backbone"]
-        name, arguments = given["class_path"].split(".")[-1], dict(given.get("init_args", {}))
-        kind: Any = getattr(backbones, name)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        kind: Any = KINDS[given["class_path"].split(".")[-1]]
+        arguments = dict(given.get("init_args", {})) | {"start": start}
+        arguments |= {} if heads is None else {"heads": heads}
+        inspect.signature(kind).bind(**arguments)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--config {config}: describes no backbone ({error}); give a file such as "
             "configs/backbones/siamesediff.yaml"
         ) from error
-    if heads is not None:
-        arguments["heads"] = heads
-    return kind(**arguments | {"start": start})
+    return kind(**arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,13 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--config", type=Path, required=True, help="a file of configs/backbones")
     one.add_argument("--heads", **heads)
     one = command("export", give_out, "WEIGHTS", "FOLDER")
-    one.add_argument("--base", type=Path, required=True, help="what the backbone was started from")
+    one.add_argument("--base", type=Path, help="what the backbone was started from; a SegDiff needs none")
+    one.add_argument("--size", type=int, default=256, help="sides of a SegDiff's images, in pixels")
     one.add_argument("--tokenizer", **tokenizer)
     options = parser.parse_args(arguments)
-    model = options.run(options)
-    if model is not None:
-        print(model)
-        print("    0 weights missing, 0 unexplained")
+    if options.target.exists():
+        raise InputError(f"{options.target}: exists; remove it, or give another name")
+    print(options.run(options))
     print(options.target)
 
 

@@ -6,11 +6,13 @@ copied, never computed with, so that there and back changes no bit of them.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.checkpoints import layout
+from diffusion.checkpoints.parts import (
+    BETA_SCHEDULES,
+    built,
+    check_weights,
+    read_json,
+    read_part,
+    read_schedule,
+    with_new_names,
+)
 from errors import InputError
 from networks.dhi import siamese_hint
 from networks.weight_files import read_weights
@@ -32,6 +42,17 @@ from networks.weight_files import read_weights
 FOLDERS = ("unet", "controlnet", "hint", "vae", "text_encoder")
 EXTRAS = "original.safetensors"
 """What an original checkpoint holds beside the networks, kept for the way back."""
+
+RULE = ("beta_schedule", "beta_start", "beta_end", "train_steps")
+SCHEDULE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "train_steps": 1000,
+    "prediction": "epsilon",
+    "clip_sample": False,
+}
+"""The schedule of Stable Diffusion, for what a model does not say."""
 
 _POSITIONS = "text_model.embeddings.position_ids"
 _EXPLAINED = re.compile(
@@ -51,21 +72,27 @@ class Model:
     Attributes:
         configs: ``config.json`` of each network; none for ``hint``.
         weights: of each network, diffusers' names.
-        betas: first and last β of the schedule, ``scaled_linear``.
+        schedule: what is known of its schedule, by the names of a backbone's arguments.
         extras: what an original checkpoint holds beside the networks, original names.
     """
 
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    betas: tuple[float, float] = (0.00085, 0.012)
+    schedule: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def rule(self) -> tuple[Any, ...]:
+        """Kind, first and last β, and length of its schedule; Stable Diffusion's where that is not known."""
+        schedule = SCHEDULE | self.schedule
+        return tuple(schedule[key] for key in RULE)
+
     def __str__(self) -> str:
-        """Return what there is, a line each."""
-        lines = [f"{len(weights):5d} weights of {name}" for name, weights in self.weights.items()]
+        """Return what there is, a line each; a network that lacks a weight is none."""
+        lines = [f"all {len(weights):5d} weights of {name}" for name, weights in self.weights.items()]
         if self.extras:
             shown = ", ".join(list(self.extras)[:3])
-            lines.append(f"{len(self.extras):5d} that no network uses: {shown}, …")
+            lines.append(f"and {len(self.extras):5d} that no network uses: {shown}, …")
         return "\n".join(lines)
 
 
@@ -123,8 +150,12 @@ def read_original(file: str | Path, heads: int | None = None) -> Model:
     model = Model(extras=extras)
     try:
         _describe(model, own, heads)
-    except (KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
         raise InputError(f"{file}: lacks the weight {error}, which its other weights ask for") from error
+    except (IndexError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{file}: has a weight of another name or shape than latent diffusion's ({error})"
+        ) from error
     for folder in [name for name in FOLDERS if own.get(name)]:
         prefix, names = _names(model, folder)
         found = layout.renamed(own[folder], names)
@@ -136,16 +167,33 @@ def read_original(file: str | Path, heads: int | None = None) -> Model:
             f"({', '.join(sorted(left)[:3])}, …): it is of another architecture"
         )
     if "betas" in extras:
-        betas = extras["betas"].double()
-        first, last = (float(f"{value:.3g}") for value in betas[[0, -1]].tolist())
-        model.betas = (first, last)
-        if not torch.allclose(schedule_tables(first, last, len(betas))["betas"].double(), betas, rtol=2e-3):
-            raise InputError(
-                f"{file}: its β go from {first:g} to {last:g} by another rule than scaled_linear, which all "
-                "models of latent diffusion have"
-            )
+        model.schedule = _rule(extras["betas"].double(), str(file))
     _check(model, str(file))
     return model
+
+
+def _rule(betas: Tensor, where: str) -> dict[str, Any]:
+    """Return the schedule that a table of β follows.
+
+    Raises:
+        InputError: there is none.
+    """
+    if betas.ndim == 1 and len(betas) > 1 and 0 < betas[0] <= betas[-1] < 1:
+        first, last = (float(f"{value:.3g}") for value in betas[[0, -1]].tolist())
+        for kind in BETA_SCHEDULES:
+            if torch.allclose(
+                schedule_tables(kind, first, last, len(betas))["betas"].double(), betas, rtol=2e-3
+            ):
+                return {
+                    "beta_schedule": kind,
+                    "beta_start": first,
+                    "beta_end": last,
+                    "train_steps": len(betas),
+                }
+    raise InputError(
+        f"{where}: its betas {tuple(betas.shape)} follow another rule than {' and '.join(BETA_SCHEDULES)}, "
+        "which models of latent diffusion have"
+    )
 
 
 def _describe(model: Model, own: Mapping[str, dict[str, Tensor]], heads: int | None) -> None:
@@ -172,7 +220,10 @@ def _describe(model: Model, own: Mapping[str, dict[str, Tensor]], heads: int | N
         model.configs["controlnet"] = {"_class_name": "ControlNetModel", **version, **settings}
     vae = layout.vae_settings(own["vae"], layout.vae_shape(own["vae"]))
     if "scale_factor" in model.extras:
-        vae["scaling_factor"] = float(f"{model.extras['scale_factor'].item():.7g}")
+        scale = float(f"{model.extras['scale_factor'].item():.7g}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale_factor {scale}")
+        vae["scaling_factor"] = scale
     model.configs["vae"] = {"_class_name": "AutoencoderKL", **version, **vae}
     if own["text_encoder"]:
         model.configs["text_encoder"] = layout.text_settings(own["text_encoder"])
@@ -190,26 +241,13 @@ def _is_vae_attention(name: str) -> bool:
 def _check(model: Model, where: str) -> None:
     """Raise unless every network has exactly the weights that its configuration asks for."""
     for folder, weights in model.weights.items():
-        with torch.device("meta"):
-            network = _network(model, folder)
-        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        what = f"{where}: the {folder}"
+        expected = built(partial(_network, model, folder), what).state_dict()
         if folder == "text_encoder":  # transformers has named them without the prefix since version 5
             expected = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in expected.items()}
         if folder == "controlnet" and "hint" in model.weights:
             expected = {k: v for k, v in expected.items() if "controlnet_cond_embedding" not in k}
-        found = {key: tuple(value.shape) for key, value in weights.items() if key != _POSITIONS}
-        wrong = [f"{key} is missing" for key in expected.keys() - found.keys()]
-        wrong += [f"{key} is unexpected" for key in found.keys() - expected.keys()]
-        wrong += [
-            f"{key} is {found[key]}, not {expected[key]}"
-            for key in found.keys() & expected.keys()
-            if found[key] != expected[key]
-        ]
-        if wrong:
-            raise InputError(
-                f"{where}: the {folder} is not whole: {len(wrong)} weights differ from what its shape asks "
-                f"for ({'; '.join(sorted(wrong)[:3])})"
-            )
+        check_weights({key: v for key, v in weights.items() if key != _POSITIONS}, expected, what)
 
 
 def _network(model: Model, folder: str) -> nn.Module:
@@ -241,26 +279,18 @@ def read_folder(folder: str | Path) -> Model:
         part = path / name
         if not part.is_dir():
             continue
-        stored = [p for p in sorted(part.glob("*.safetensors")) if p.stem.count(".") == 0]
-        if len(stored) != 1:
-            raise InputError(
-                f"{part}: holds {len(stored)} safetensors files; there should be one, of all weights"
-            )
-        try:
-            model.weights[name] = load_file(stored[0])
-            if name != "hint":
-                model.configs[name] = json.loads((part / "config.json").read_text())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{part}: cannot be read ({error}); fetch it again") from error
+        model.weights[name] = read_part(part)
+        if name != "hint":
+            model.configs[name] = read_json(part / "config.json")
     for name in ("unet", "vae"):
         if name not in model.weights:
             raise InputError(f"{path}: has no {name}/; give the folder of a Stable Diffusion pipeline")
-    schedule = path / "scheduler" / "scheduler_config.json"
-    if schedule.is_file():
-        settings = json.loads(schedule.read_text())
-        model.betas = (settings["beta_start"], settings["beta_end"])
+    model.schedule = read_schedule(path)
     if (path / EXTRAS).is_file():
-        model.extras = load_file(path / EXTRAS)
+        model.extras = read_weights(path / EXTRAS)
+    vae = built(partial(_network, model, "vae"), f"{path}: the vae")
+    named = with_new_names(vae, model.weights["vae"])
+    model.weights["vae"] = {name: _flat(name, value) for name, value in named.items()}
     _check(model, str(path))
     return model
 
@@ -273,17 +303,21 @@ def local(folder: str | Path) -> Path:
     """
     if Path(folder).is_dir():
         return Path(folder)
+    if Path(folder).is_file():
+        raise InputError(f"{folder}: is a file; give the folder of a model in the layout of diffusers")
     name = str(folder)
     wanted = [f"{folder}/*" for folder in (*FOLDERS, "tokenizer", "scheduler")]
+    other = ["*.msgpack", "*.non_ema.*"]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.bin", "*.fp16.*", "*.msgpack"])
+        path = Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*other, "*.bin", "*.fp16.*"])
         )
+        if any(not [*file.parent.glob("*.safetensors")] for file in path.glob("*/config.json")):
+            path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=other))
+        return path
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: is no folder, no file, and not to be had from the hub ({reason})"
-        ) from error
+        raise InputError(f"{name}: is neither here nor to be had from the hub ({reason})") from error
 
 
 def read_model(start: str | Path, heads: int | None = None) -> Model:
@@ -300,11 +334,15 @@ def write_folder(model: Model, folder: str | Path, tokenizer: Path | None = None
         tokenizer: folder of the tokenizer to put beside it; a pipeline of diffusers needs one.
 
     Raises:
-        InputError: the folder exists.
+        InputError: the folder exists, or there is no such tokenizer.
     """
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder}: exists; remove it, or give another folder")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise InputError(
+            f"tokenizer {tokenizer}: is no folder; give that of CLIP's vocab.json and merges.txt"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -317,7 +355,8 @@ def write_folder(model: Model, folder: str | Path, tokenizer: Path | None = None
                 _write_json(partial / name / "config.json", model.configs[name])
         (partial / "scheduler").mkdir()
         _write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config(model))
-        _write_json(partial / "model_index.json", _index(model, tokenizer is not None))
+        if "vae" in model.weights:
+            _write_json(partial / "model_index.json", _index(model, tokenizer is not None))
         if tokenizer is not None:
             shutil.copytree(tokenizer, partial / "tokenizer")
         if model.extras:
@@ -333,30 +372,35 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def scheduler_config(model: Model) -> dict[str, Any]:
     """Return the configuration of diffusers' DDIM that takes the steps of the original code."""
+    schedule, latent = SCHEDULE | model.schedule, "vae" in model.weights
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": diffusers.__version__,
-        "num_train_timesteps": 1000,
-        "beta_start": model.betas[0],
-        "beta_end": model.betas[1],
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
+        "num_train_timesteps": schedule["train_steps"],
+        "beta_start": schedule["beta_start"],
+        "beta_end": schedule["beta_end"],
+        "beta_schedule": schedule["beta_schedule"],
+        "clip_sample": schedule["clip_sample"],
+        "set_alpha_to_one": not latent,
+        "steps_offset": int(latent),
         "timestep_spacing": "leading",
-        "prediction_type": "epsilon",
+        "prediction_type": {"v": "v_prediction"}.get(schedule["prediction"], schedule["prediction"]),
     }
 
 
 def _index(model: Model, tokenizer: bool) -> dict[str, Any]:
-    """Return ``model_index.json``, by which diffusers finds the parts of a pipeline."""
+    """Return ``model_index.json``, by which diffusers finds the parts of a pipeline.
+
+    A ControlNet without a hint encoder of diffusers is no part of one: it would be used with a random one.
+    """
+    apart = {"text_encoder"} | ({"controlnet"} if "hint" in model.weights else set())
     pipeline = (
         "StableDiffusionControlNetPipeline" if "controlnet" in model.weights else "StableDiffusionPipeline"
     )
     parts = {
         name: ["diffusers", config["_class_name"]]
         for name, config in model.configs.items()
-        if name != "text_encoder"
+        if name not in apart
     }
     return {
         "_class_name": pipeline,
@@ -375,7 +419,7 @@ def _index(model: Model, tokenizer: bool) -> dict[str, Any]:
 
 def original_weights(model: Model) -> dict[str, Tensor]:
     """Return the weights of a model under original names, with the tables that the original code asks for."""
-    weights = dict(model.extras) or schedule_tables(*model.betas)
+    weights = dict(model.extras) or schedule_tables(*model.rule)
     if not model.extras and "text_encoder" in model.configs:
         weights[layout.TEXT + _POSITIONS] = torch.arange(
             model.configs["text_encoder"]["max_position_embeddings"]
@@ -390,9 +434,12 @@ def original_weights(model: Model) -> dict[str, Tensor]:
     return weights
 
 
-def schedule_tables(beta_start: float, beta_end: float, train_steps: int = 1000) -> dict[str, Tensor]:
+def schedule_tables(
+    beta_schedule: str, beta_start: float, beta_end: float, train_steps: int
+) -> dict[str, Tensor]:
     """Return the tables of the schedule that an original checkpoint carries, float32 ``(T,)`` each."""
-    betas = np.linspace(beta_start**0.5, beta_end**0.5, train_steps, dtype=np.float64) ** 2
+    root = 0.5 if beta_schedule == "scaled_linear" else 1.0
+    betas = np.linspace(beta_start**root, beta_end**root, train_steps, dtype=np.float64) ** (1 / root)
     bars = np.cumprod(1 - betas)
     before = np.append(1.0, bars[:-1])
     variance = betas * (1 - before) / (1 - bars)

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 import yaml
+from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from diffusion.backbones import ControlLDM, SiameseDiff
@@ -8,8 +11,8 @@ from diffusion.checkpoints import read_folder
 from diffusion.checkpoints.__main__ import main
 from errors import InputError
 from networks.pretrained import load_pretrained, save_pretrained
-from networks.weight_files import read_weights
-from original import checkpoint
+from networks.weight_files import read_weights, write_weights
+from original import checkpoint, fixture, write_published
 
 
 @pytest.fixture
@@ -28,7 +31,6 @@ def config(tmp_path):
 def test_there_and_back(originals, tmp_path, capsys):
     main(["to-diffusers", str(originals["siamesediff"]), str(tmp_path / "folder"), "--heads", "4"])
     said = capsys.readouterr().out
-    assert "0 weights missing, 0 unexplained" in said
     assert "weights of hint" in said
     assert "14 that no network uses" in said
     main(["to-original", str(tmp_path / "folder"), str(tmp_path / "back.ckpt"), "--wrapper", "lightning"])
@@ -55,6 +57,8 @@ def test_a_checkpoint_becomes_weights_and_a_trained_backbone_a_checkpoint(
     save_pretrained(backbone, tmp_path / "trained", {})
     export = ["export", str(tmp_path / "trained"), str(tmp_path / "folder"), "--base", start]
     main([*export, "--tokenizer", str(tokenizer)])
+    main(["export", str(tmp_path / "trained"), str(tmp_path / "bare"), "--base", start])
+    assert not (tmp_path / "bare" / "tokenizer").exists()
     assert (tmp_path / "folder" / "tokenizer" / "vocab.json").is_file()
     main(["to-original", str(tmp_path / "folder"), str(tmp_path / "trained.safetensors")])
     trained, before = load_file(tmp_path / "trained.safetensors"), checkpoint(kind)
@@ -78,6 +82,90 @@ def test_a_base_without_tables_gets_them(originals, tokenizer, config, tmp_path)
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[key], expected[key]) for key in expected if key.endswith("position_ids"))
     assert torch.allclose(back["betas"], expected["betas"])
+
+
+def exported(backbone, base, folder):
+    save_pretrained(backbone, folder / "trained", {})
+    main(["export", str(folder / "trained"), str(folder / "folder"), "--base", str(base)])
+    main(["to-original", str(folder / "folder"), str(folder / "back.ckpt")])
+    return read_weights(folder / "back.ckpt"), read_folder(folder / "folder")
+
+
+def test_an_exported_model_is_labelled_as_it_was_trained(originals, tokenizer, tmp_path):
+    """Of the base nothing stays that does not go with the weights: averages, tables of another schedule."""
+    weights = checkpoint("controlldm")
+    averages = {"model_ema.diffusion_modelout2bias": torch.zeros(4)}
+    base = tmp_path / "base.safetensors"
+    write_weights(weights | averages, base)
+    start = {"start": str(base), "heads": 4, "tokenizer": str(tokenizer)}
+    back, _ = exported(ControlLDM(**start), base, tmp_path / "same")
+    assert back.keys() == weights.keys()
+    assert torch.equal(back["logvar"], weights["logvar"])
+    tables = fixture("controlldm")["tables"]
+    write_weights({k: v for k, v in weights.items() if k not in tables}, tmp_path / "x.ckpt")
+    other = ControlLDM(**start | {"start": str(tmp_path / "x.ckpt")}, prediction="v", beta_end=0.0195)
+    back, folder = exported(other, base, tmp_path / "other")
+    assert back["betas"][-1].item() == pytest.approx(0.0195)
+    assert folder.schedule["prediction"] == "v"
+    assert folder.schedule["beta_end"] == 0.0195
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_published_pixel_model_there_and_back(dtype, tmp_path, capsys):
+    unet = write_published(tmp_path / "konz", sample_size=256).to(dtype)
+    unet.save_pretrained(tmp_path / "konz" / "unet")
+    config = "configs/backbones/segdiff_konz.yaml"
+    main(["import", str(tmp_path / "konz"), str(tmp_path / "weights"), "--config", config])
+    assert f"all {len(unet.state_dict()):5d} weights of unet" in capsys.readouterr().out
+    main(["export", str(tmp_path / "weights"), str(tmp_path / "back")])
+    back = UNet2DModel.from_pretrained(tmp_path / "back" / "unet", torch_dtype=dtype)
+    ours, theirs = (json.loads((tmp_path / f / "unet" / "config.json").read_text()) for f in ("back", "konz"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key] == theirs[key] for key in ours)
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in unet.state_dict().items())
+    ours, theirs = (DDPMScheduler.from_pretrained(tmp_path / f / "scheduler") for f in ("back", "konz"))
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    assert ours.config.clip_sample == theirs.config.clip_sample
+    assert not (tmp_path / "back" / "model_index.json").exists()
+
+
+def test_what_the_published_pixel_code_does_not_know_is_not_exported(weights, tmp_path):
+    with pytest.raises(InputError, match="mask_encoding onehot: the published code has concat and"):
+        main(["export", weights.backbone, str(tmp_path / "folder")])
+
+
+@pytest.mark.parametrize("command", ["to-diffusers", "to-original", "import", "export"])
+def test_nothing_is_written_over(command, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    flags = ["--config", "x.yaml"] if command == "import" else []
+    with pytest.raises(InputError, match=r"mine: exists; remove it, or give another name"):
+        main([command, str(tmp_path / "mine"), str(tmp_path / "mine"), *flags])
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [("TrainingBatch", {}), ("ControlLDM", {"hint_chanels": [16, 32]})]
+)
+def test_a_config_of_another_class_or_with_a_misspelt_argument(kind, arguments, config, originals, tmp_path):
+    start = str(originals["controlldm"])
+    with pytest.raises(InputError, match=rf"{kind}.yaml: describes no backbone .*({kind}|hint_chanels)"):
+        main(["import", start, str(tmp_path / "w"), "--config", config(kind, **arguments)])
+
+
+def test_what_export_needs_of_a_latent_model(originals, tokenizer, tmp_path):
+    start = str(originals["controlldm"])
+    save_pretrained(ControlLDM(start=start, heads=4, tokenizer=str(tokenizer)), tmp_path / "weights", {})
+    export = ["export", str(tmp_path / "weights"), str(tmp_path / "folder")]
+    with pytest.raises(InputError, match=r"--base: give what .*weights was started from"):
+        main(export)
+    with pytest.raises(InputError, match=r"tokenizer /nope: is no folder"):
+        main([*export, "--base", start, "--tokenizer", "/nope"])
+    bare = {k: v for k, v in checkpoint("controlldm").items() if not k.startswith("cond_stage_model")}
+    write_weights(bare, tmp_path / "bare.ckpt")
+    with pytest.raises(InputError, match=r"bare.ckpt: has no text encoder"):
+        main([*export, "--base", str(tmp_path / "bare.ckpt")])
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_file_that_describes_no_backbone(tmp_path, originals):

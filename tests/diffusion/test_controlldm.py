@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler
 
 from conftest import latent_batch, make_controlldm
-from diffusion.backbones import ControlLDM, TrainingBatch
+from diffusion.backbones import ControlLDM, SiameseDiff, TrainingBatch
 from diffusion.checkpoints import read_original, write_folder
 from diffusion.hints import contour
 from diffusion.sampler import Sampler
@@ -12,7 +12,7 @@ from errors import InputError
 from networks.autoencoder import Autoencoder
 from networks.hed import HED
 from networks.pretrained import load_pretrained, save_pretrained
-from original import inputs
+from original import edit, inputs
 
 
 @pytest.fixture
@@ -137,6 +137,19 @@ def test_gradient_checkpointing_changes_nothing(batch):
             assert torch.allclose(a.grad, b.grad, atol=1e-6), name
 
 
+@pytest.mark.parametrize("kind", [ControlLDM, SiameseDiff])
+@pytest.mark.parametrize("thrifty", [False, True])
+def test_training_in_bfloat16(batch, kind, thrifty):
+    backbone = make_controlldm(kind=kind, gradient_checkpointing=thrifty).train()
+    example = TrainingBatch(**batch, progress=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = backbone.training_loss(example)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(backbone.training_loss(example).item(), rel=0.05)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in backbone.parameters())
+
+
 def test_images_are_decoded_one_at_a_time_where_a_gradient_is_asked_for(batch):
     backbone = make_controlldm().eval().freeze()
     sizes = []
@@ -187,10 +200,15 @@ def test_edges_by_the_network_of_diffboost(batch, tmp_path):
         assert torch.equal(backbone.picture(batch["mask"], batch["image"]), expected.expand(-1, 3, -1, -1))
     assert not any(p.requires_grad for p in backbone.edge_detector.parameters())
     save_pretrained(backbone, tmp_path / "weights", {})
-    assert load_pretrained(tmp_path / "weights", ControlLDM).fingerprint() == backbone.fingerprint()
+    again = load_pretrained(tmp_path / "weights", ControlLDM)
+    assert again.fingerprint() == backbone.fingerprint()
+    picture = again.picture(batch["mask"], batch["image"])
+    assert torch.equal(picture, backbone.picture(batch["mask"], batch["image"]))
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other.pth: holds another network than HED"):
         make_controlldm(edges="hed", hed=str(tmp_path / "other.pth"))
+    with pytest.raises(InputError, match="edges hed: its network has no weights; give hed"):
+        make_controlldm(hint="contour", edges="hed").training_loss(TrainingBatch(**batch))
     with pytest.raises(InputError, match="is of use with edges hed only"):
         make_controlldm(hed=str(tmp_path / "network-bsds500.pth"))
 
@@ -233,6 +251,47 @@ def test_prompts_are_embedded_once(originals, tokenizer, tmp_path):
     assert torch.equal(again.contexts, backbone.contexts)
 
 
+@pytest.fixture
+def stable(originals, tokenizer, tmp_path):
+    """A folder to start from, and the file of its schedule."""
+    write_folder(read_original(originals["controlldm"], heads=4), tmp_path / "start", tokenizer)
+    return tmp_path / "start", tmp_path / "start" / "scheduler" / "scheduler_config.json"
+
+
+def test_schedule_and_prediction_of_what_one_starts_from_are_taken_over(stable, tmp_path):
+    start, file = stable
+    assert ControlLDM(start=str(start)).config.beta_end == 0.012
+    edit(file, prediction_type="v_prediction", beta_schedule="linear", beta_end=0.02, num_train_timesteps=500)
+    backbone = ControlLDM(start=str(start))
+    expected = DDPMScheduler(500, 0.00085, 0.02, "linear").alphas_cumprod
+    assert torch.equal(backbone.alphas_cumprod, expected)
+    assert (backbone.prediction, backbone.config.prediction) == ("v", "v")
+    assert ControlLDM(start=str(start), beta_end=0.02).config.beta_end == 0.02
+    with pytest.raises(InputError, match=r"start: its model has beta_end 0.02, not 0.03: set it so"):
+        ControlLDM(start=str(start), beta_end=0.03)
+    save_pretrained(backbone, tmp_path / "weights", {})
+    again = load_pretrained(tmp_path / "weights", ControlLDM)
+    assert again.prediction == "v"
+    assert torch.equal(again.alphas_cumprod, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, and a backbone's is False"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2, .* or linear"),
+        ({"prediction_type": "sample"}, "prediction_type is sample"),
+        ({"beta_end": "much"}, "has no number for one"),
+        ({"beta_end": 1.0}, "beta_end 1 after 1000 train_steps: the schedule ends at zero"),
+    ],
+)
+def test_a_schedule_that_no_backbone_has_is_refused(settings, said, stable):
+    start, file = stable
+    edit(file, **settings)
+    with pytest.raises(InputError, match=said):
+        ControlLDM(start=str(start))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -241,6 +300,7 @@ def test_prompts_are_embedded_once(originals, tokenizer, tmp_path):
         ({"hint_channels": (4, 8, 8)}, "hint_channels .*halve the mask 2 times, the VAE its images 1 times"),
         ({"image_channels": 2}, "image_channels 2: the VAE reads 3"),
         ({"start": "x", "autoencoder": "y"}, "start and autoencoder: choose one"),
+        ({"vae_config": None}, "autoencoder: there is no VAE; give"),
     ],
 )
 def test_arguments_that_do_not_fit(changes, said):
@@ -256,8 +316,15 @@ def test_sizes_that_the_vae_cannot_halve():
 
 def test_network_of_stable_diffusion():
     """859.5 million parameters in the U-Net, 361.3 in the ControlNet, 83.7 in the VAE."""
+    vae = {
+        "latent_channels": 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
     with torch.device("meta"):
-        backbone = ControlLDM()
+        backbone = ControlLDM(vae_config=vae)
     counts = {
         "unet": backbone.unet,
         "vae": backbone.vae,

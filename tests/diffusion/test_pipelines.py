@@ -1,6 +1,12 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionControlNetPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    UniPCMultistepScheduler,
+)
 from transformers import AutoTokenizer, CLIPTextModel
 
 from conftest import make_miner
@@ -38,6 +44,15 @@ def both(request, originals, tokenizer, tmp_path_factory):
     )
     pipeline.set_progress_bar_config(disable=True)
     return backbone, pipeline
+
+
+def test_a_folder_gives_no_pipeline_with_a_random_hint_encoder(originals, tokenizer, tmp_path):
+    write_folder(read_original(originals["siamesediff"], heads=4), tmp_path / "folder", tokenizer)
+    with pytest.raises(ValueError, match=r"expected .*'controlnet'"):
+        StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "folder")
+    control = SiameseDiff(start=str(tmp_path / "folder")).stock_controlnet()
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "folder", controlnet=control)
+    assert pipeline.controlnet is control
 
 
 def asked(backbone, count=2):
@@ -102,13 +117,30 @@ def test_the_pipeline_is_left_as_it_was(both):
     assert torch.equal(pipeline(latents=request.noise.draw(), **call(request)).images, before)
 
 
-def test_another_scheduler_is_refused(both):
+@pytest.mark.parametrize(
+    "kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
+)
+def test_another_scheduler_is_refused(both, kind, monkeypatch):
     backbone, pipeline = both
     request = asked(backbone)
-    usual = pipeline.scheduler
-    pipeline.scheduler = EulerDiscreteScheduler.from_config(usual.config)
-    with pytest.raises(InputError, match=r"EulerDiscreteScheduler .*: a miner shifts the noise of DDIM"):
+    monkeypatch.setattr(pipeline, "scheduler", kind.from_config(pipeline.scheduler.config))
+    with pytest.raises(InputError, match=rf"{kind.__name__} .*: a miner shifts the noise of DDIM"):
         mined_latents(pipeline, make_miner(channels=4), request.noise.draw(), **call(request))
-    pipeline.scheduler = usual
+
+
+def test_a_schedule_without_signal_at_its_end_is_refused(both, monkeypatch):
+    backbone, pipeline = both
+    request = asked(backbone)
+    zero = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    monkeypatch.setattr(pipeline, "scheduler", zero)
+    with pytest.raises(InputError, match=r"pipeline.scheduler: the schedule ends at zero signal-to-noise"):
+        mined_latents(pipeline, make_miner(channels=4), request.noise.draw(), **call(request))
+
+
+def test_a_miner_that_does_not_fit_is_refused(both):
+    backbone, pipeline = both
+    request = asked(backbone)
     with pytest.raises(InputError, match="reads masks of 2 classes: give mask"):
         mined_latents(pipeline, make_miner(channels=4, num_classes=2), request.noise.draw(), **call(request))
+    with pytest.raises(InputError, match="is for noise of 3 channels, the probe has 4"):
+        mined_latents(pipeline, make_miner(channels=3), request.noise.draw(), **call(request))

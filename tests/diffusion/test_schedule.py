@@ -8,6 +8,7 @@ from diffusers.training_utils import compute_snr
 
 from diffusion.sampler import Sampler
 from diffusion.schedule import add_noise, alphas_cumprod, ddim_timesteps, min_snr_mse, predict_x0
+from errors import InputError
 
 LINEAR = ("linear", 1e-4, 0.02)
 SCALED = ("scaled_linear", 0.00085, 0.012)
@@ -96,7 +97,7 @@ class ZeroTerminal:
 
 
 def test_zero_terminal_snr_is_refused():
-    with pytest.raises(ValueError, match="signal-to-noise"):
+    with pytest.raises(InputError, match="ZeroTerminal: the schedule ends at zero signal-to-noise"):
         Sampler(ZeroTerminal())
 
 

@@ -3,12 +3,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file, save_file
 
 from conftest import make_backbone
 from diffusion.backbones import SegDiff, TrainingBatch
 from diffusion.noise import NoiseStream
 from errors import InputError
 from networks.pretrained import load_pretrained, save_pretrained
+from original import edit, write_published
 
 
 @pytest.fixture
@@ -86,6 +88,18 @@ def test_training_loss_on_v(batch):
     assert torch.allclose(backbone._as_epsilon(v, x_t, t), eps, atol=1e-4)
 
 
+@pytest.mark.parametrize("fusion", ["concat", "sum"])
+def test_training_in_bfloat16(batch, fusion):
+    backbone = make_backbone(fusion=fusion, encoder_width=4, encoder_blocks=1)
+    example = TrainingBatch(x_0=batch["image"], **batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = backbone.training_loss(example)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(backbone.training_loss(example).item(), rel=0.05)
+    assert all(p.grad.isfinite().all() for p in backbone.parameters())
+
+
 def test_features_are_added_to_those_of_the_first_layer(batch):
     backbone = make_backbone(fusion="sum", encoder_width=4, encoder_blocks=1).eval()
     x, t, mask = batch["image"], batch["t"], batch["mask"]
@@ -122,27 +136,6 @@ def test_features_of_a_hidden_mask_under_guidance(batch):
     assert torch.allclose(eps, without + 2.5 * (with_mask - without), atol=1e-5)
 
 
-def write_published(folder, **changes):
-    """Write a folder as the published training code does."""
-    torch.manual_seed(4)
-    unet = UNet2DModel(
-        **{
-            "sample_size": 16,
-            "in_channels": 2,
-            "out_channels": 1,
-            "layers_per_block": 2,
-            "block_out_channels": (8, 8, 16),
-            "norm_num_groups": 4,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        }
-        | changes
-    )
-    unet.save_pretrained(folder / "unet")
-    DDPMScheduler(num_train_timesteps=1000).save_pretrained(folder / "scheduler")
-    return unet
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_published_folder_is_taken_over(tmp_path, kind):
     unet = write_published(tmp_path).eval()
@@ -165,6 +158,13 @@ def test_a_published_folder_is_taken_over(tmp_path, kind):
     ("changes", "said"),
     [
         ({"in_channels": 4}, "has 3 channels for the mask, not 1"),
+        ({"attention_head_dim": 4}, "has attention_head_dim 4"),
+        ({"freq_shift": 1}, "has freq_shift 1"),
+        ({"norm_eps": 0.01}, "has norm_eps 0.01"),
+        ({"flip_sin_to_cos": False}, "has flip_sin_to_cos False"),
+        ({"mid_block_scale_factor": 2.0}, "has mid_block_scale_factor 2.0"),
+        ({"downsample_padding": 0}, "has downsample_padding 0"),
+        ({"up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")}, "has up_block_types AttnUp"),
         ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")}, "ResnetDown"),
     ],
 )
@@ -179,10 +179,68 @@ def test_a_folder_without_its_files_says_so(tmp_path):
         SegDiff(start=str(tmp_path))
     write_published(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"diffusion_pytorch_model.safetensors: no such file"):
+    with pytest.raises(InputError, match=r"unet: holds no weights"):
         SegDiff(start=str(tmp_path))
     with pytest.raises(InputError, match="start: the published network has fusion concat"):
         SegDiff(start=str(tmp_path), mask_encoding="onehot")
+
+
+def test_schedule_and_prediction_of_a_published_folder_are_taken_over(tmp_path):
+    write_published(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    edit(file, prediction_type="v_prediction", beta_end=0.01, num_train_timesteps=500)
+    backbone = SegDiff(start=str(tmp_path))
+    assert (backbone.prediction, backbone.config.prediction, backbone.config.beta_end) == ("v", "v", 0.01)
+    assert len(backbone.alphas_cumprod) == backbone.config.train_steps == 500
+    with pytest.raises(InputError, match=r"start: its model has beta_end 0.01, not 0.03: set it so"):
+        SegDiff(start=str(tmp_path), beta_end=0.03)
+    edit(file, rescale_betas_zero_snr=True)
+    with pytest.raises(InputError, match=r"scheduler_config.json: rescale_betas_zero_snr is True"):
+        SegDiff(start=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("unet/config.json", "{}", "0 channels for the mask|is no network of segmentation"),
+        ("unet/config.json", "[]", "holds no settings by name, but a list"),
+        ("scheduler/scheduler_config.json", "{", "cannot be read"),
+        (
+            "scheduler/scheduler_config.json",
+            "{}",
+            "lacks a setting, .*beta_schedule",
+        ),
+    ],
+)
+def test_damaged_settings_say_so(tmp_path, name, content, said):
+    write_published(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=said):
+        SegDiff(start=str(tmp_path))
+
+
+def test_other_weights_than_the_settings_ask_for_say_so(tmp_path):
+    write_published(tmp_path)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(dict(list(weights.items())[::2]), file)
+    with pytest.raises(InputError, match=r"the unet is not whole: \d+ .*is missing"):
+        SegDiff(start=str(tmp_path))
+    save_file(weights | {"conv_in.bias": weights["conv_in.bias"] / 0}, file)
+    with pytest.raises(InputError, match=r"1 weights differ .*conv_in.bias holds NaN or infinity"):
+        SegDiff(start=str(tmp_path))
+    save_file(weights, file)
+    edit(tmp_path / "unet" / "config.json", in_channels=4, out_channels=3)
+    with pytest.raises(InputError, match=r"the unet is not whole: .*conv_in.weight is"):
+        SegDiff(start=str(tmp_path))
+    edit(tmp_path / "unet" / "config.json", block_out_channels=[8, 6, 16])
+    with pytest.raises(InputError, match=r"unet/config.json describes no network \(ValueError"):
+        SegDiff(start=str(tmp_path))
+
+
+def test_a_schedule_without_signal_at_its_end_is_refused():
+    with pytest.raises(InputError, match=r"beta_end 1 after 1000 train_steps: the schedule ends at zero"):
+        make_backbone(beta_end=1.0)
 
 
 def test_weights_of_the_timesteps_are_not_part_of_the_network():

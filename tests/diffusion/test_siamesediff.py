@@ -45,6 +45,19 @@ def test_the_image_branch_teaches_the_controlnet_and_not_the_unet(batch):
     assert any(p.grad is not None and p.grad.any() for p in backbone.hint_encoder.parameters())
 
 
+@pytest.mark.parametrize("learn", ["control", "decoder", "all"])
+def test_gradient_checkpointing_changes_nothing(batch, learn):
+    """The U-Net is called with its own weights and with detached ones; each call comes again."""
+    plain, thrifty = (make_siamese(learn=learn, gradient_checkpointing=on).train() for on in (False, True))
+    losses = [net.training_loss(TrainingBatch(**batch, progress=0.5)) for net in (plain, thrifty)]
+    assert losses[0].item() == losses[1].item()
+    for loss in losses:
+        loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
 @pytest.mark.parametrize("step", ["300", "2000"])
 def test_loss_and_gradients_are_those_of_the_authors_code(step, originals, tokenizer):
     told, given = fixture("siamesediff")["losses"][step], inputs()
