@@ -27,7 +27,7 @@ def snakemake(configfile: Path, *options: str) -> str:
         env=os.environ | {"DATA_ROOT": "/nowhere"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
