@@ -8,6 +8,7 @@ from torch import Tensor
 from methods.guided import estimated_image, require, require_reward
 from methods.method import Method, Request, gradient_of
 from networks.gaussian import ShiftedGaussian
+from objectives.nativeness import best_of_n_kl
 
 
 class InitNO(Method):
@@ -80,7 +81,7 @@ class InitNO(Method):
             better = again & (new_value > value)
             x_T = torch.where(better.view(-1, 1, 1, 1), new_x_T, x_T)
             value, kl = torch.where(better, new_value, value), torch.where(better, new_kl, kl)
-        kl = kl + rounds.log() - (rounds - 1) / rounds
+        kl = kl + kl.new_tensor([best_of_n_kl(number) for number in rounds.int().tolist()])
         return request.sampler.sample(x_T, request.condition), {"kl": kl, "rounds": rounds, "x_T": x_T}
 
     def _round(self, request: Request, number: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,10 +64,11 @@ def over(base: Settings, own: Settings) -> Settings:
 
 def _merged(settings: Settings) -> Settings:
     base: Settings = _merged(_load(settings["extends"])) if "extends" in settings else {}
+    shipped = yaml.safe_load(METHODS.read_text())
     there = base.get("methods", {})
     methods: Settings = {}
     for name, own in (settings.get("methods") or there).items():
-        methods[name] = _method(settings, name, own or {}, there | methods)
+        methods[name] = _method(settings, name, own or {}, shipped | there | methods)
     taken = {key: [name for name in base[key] if name in methods] for key in ("embedding",) if key in base}
     stages = dict(base.get("stages", {}))
     for name, stage in settings.get("stages", {}).items():
@@ -79,9 +80,8 @@ def _merged(settings: Settings) -> Settings:
 
 def _method(settings: Settings, name: str, own: Settings, there: Settings) -> Settings:
     """Return the settings of a method, given those of the methods that are there already."""
-    shipped = yaml.safe_load(METHODS.read_text())
     like = own.get("like", name)
-    start = there.get(like, shipped.get(like))
+    start = there.get(like)
     if start is None and like != name and not Path(f"configs/methods/{like}.yaml").is_file():
         raise InputError(
             f"{settings.get('name')}: method {name} is to be like {like}, which is neither listed before "
