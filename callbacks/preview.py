@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -22,9 +23,10 @@ def picture_grid(columns: dict[str, Tensor]) -> Tensor:
     """Return one picture ``(3, H', W')`` in [0, 1]: a row a sample, a column an entry.
 
     Args:
-        columns: images ``(B, C, H, W)`` in [−1, 1], C of 1 or 3.
+        columns: images ``(B, C, H, W)`` in [−1, 1], C of 1 or 3; all are brought to the size of the first.
     """
     images = [image.detach().cpu().float().expand(-1, 3, -1, -1) for image in columns.values()]
+    images = [F.interpolate(image, images[0].shape[-2:]) for image in images]  # nearest: noise stays noise
     rows = torch.stack(images, dim=1).flatten(0, 1)
     return make_grid((rows.clamp(-1, 1) + 1) / 2, nrow=len(images), padding=2)
 

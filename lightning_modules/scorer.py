@@ -243,7 +243,9 @@ class ScorerLitModule(SynthesisLitModule):
         else:
             response = torch.stack([self.known[i][0] for i in batch["sample"].tolist()]).float()
             image = batch["image"]
-        return {"response": response[:, : image.shape[1]], "glance" if self.glance else "sample": image}
+        is_estimate = self.scorer.inputs not in ("noise", "score")
+        shown = self.backbone.decode(response) if is_estimate else response[:, : image.shape[1]]
+        return {"response": shown, "glance" if self.glance else "sample": image}
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser of the scorer's parameters."""

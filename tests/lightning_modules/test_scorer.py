@@ -2,9 +2,11 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import ExportWeights, SynthesisCallback
-from conftest import make_segmenter, make_trainer
+from callbacks import ExportWeights, PreviewGrid, SynthesisCallback
+from conftest import make_controlldm, make_segmenter, make_trainer
 from datamodules import ConditionDataModule, GlanceDataModule, ScoredDataModule
 from datamodules.sources.synthetic import SyntheticSet
 from diffusion.sampler import Sampler
@@ -95,6 +97,36 @@ def test_a_glance_is_that_of_the_noise_that_is_read(weights, source):
     expected = module.backbone.decode(sampler.glance(x_T, request.condition, 2)).clamp(-1, 1)
     assert torch.equal(image, expected)
     assert torch.allclose(target, (ce(module.anchor(expected), batch["mask"]) + 1e-3).log(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("glance", [0, 2])
+def test_reads_latents_and_shows_images(weights, source, glance, tmp_path):
+    """With a latent backbone noise is half as wide as the images; an estimate is shown as it will look."""
+    save_pretrained(make_controlldm().eval(), tmp_path / "backbone", {})
+    parts = (str(tmp_path / "backbone"), weights.segmenter)
+    if glance:
+        data = GlanceDataModule(source, batch_size=4, steps_per_epoch=2, n_val=8)
+    else:
+        filling = SynthesisLitModule(*parts, Base(), steps=2, seed=7)
+        masks = ConditionDataModule(source, budget=10, seed=7, batch_size=30)
+        trainer = make_trainer(tmp_path, callbacks=[SynthesisCallback()])
+        trainer.predict(filling, masks, return_predictions=False)
+        data = ScoredDataModule(source, str(tmp_path / "synthetic"), batch_size=4, steps_per_epoch=2)
+    scorer = Scorer(channels=4, inputs="noise" if glance else "estimate", width=8, members=1)
+    module = ScorerLitModule(*parts, scorer, steps=2, glance=glance)
+    logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
+    trainer = make_trainer(tmp_path, max_steps=2, logger=logger, callbacks=[PreviewGrid(count=2)])
+    trainer.fit(module, data)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0})
+    events.Reload()
+    picture = events.Images(f"mask/response/{'glance' if glance else 'sample'}")[-1]
+    assert (picture.width, picture.height) == (3 * 34 + 2, 2 * 34 + 2)
+    if not glance:
+        batch = data.preview(2)
+        response = torch.stack([module.known[i][0] for i in batch["sample"].tolist()]).float()
+        assert response.shape == (2, 4, 16, 16)
+        with torch.no_grad():
+            assert torch.equal(module.preview(batch)["response"], module.backbone.decode(response))
 
 
 def test_targets_and_data_must_agree(weights, source, plain, tmp_path):
