@@ -40,7 +40,7 @@ def test_lines_stand_by_method_and_are_those_of_each_run(runs):
     assert [*joined(read, ["miner"]).lines][2:] == ["segdiff miner", "fairdiff miner"]
 
 
-def test_runs_of_one_backbone_go_by_their_own_names(runs, tmp_path):
+def test_runs_of_one_backbone_go_by_their_own_names(runs):
     settings = (runs[1] / "experiment.yaml").read_text().replace("backbone: fairdiff", "backbone: segdiff")
     put(runs[1] / "experiment.yaml", settings)
     lines = [*joined([Run.read(run) for run in runs], ["base"]).lines]
