@@ -47,7 +47,8 @@ def dsc_by_mode(segmenter: Segmenter, source: Source) -> dict[str, dict[str, flo
             score.update(prediction, batch["mask"], range(first, len(modes)))
         cases = [np.nanmean([v for k, v in case.items() if k.startswith("dsc/")]) for case in score.cases()]
         dsc, drawn = np.array(cases), np.array(modes)
-        table[split] = {str(mode): float(dsc[drawn == mode].mean()) for mode in np.unique(drawn)}
+        found = np.unique(drawn).tolist()
+        table[split] = {source.mode_names[mode]: float(dsc[drawn == mode].mean()) for mode in found}
         table[split]["all"] = float(dsc.mean())
     return table
 

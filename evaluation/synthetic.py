@@ -37,6 +37,7 @@ def measure(
     anchor: Segmenter | None = None,
     modes: Dataset | None = None,
     features_file: Path | None = None,
+    mode_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the figures of a synthetic set.
 
@@ -48,6 +49,7 @@ def measure(
         anchor: the segmenter under which every reward is taken, for ``rewards``.
         modes: real images whose mode is known, best of all modes alike; None takes ``real``.
         features_file: .npz file for the features ``synthetic`` ``(N, D)`` and ``real`` ``(R, D)``.
+        mode_names: of the modes, by number; without them the numbers are their names.
 
     Returns:
         ``adversariality`` (mean of the reward named by ``reward``, under the anchor, or without one under
@@ -104,7 +106,7 @@ def measure(
     known = real if modes is None else modes
     if knows_modes(known):
         found = mode_histogram(known, synthetic)
-        names = [str(mode) for mode in found.modes]
+        names = [mode_names[mode] if mode_names else str(mode) for mode in found.modes]
         figures["modes"] = {
             "histogram": dict(zip(names, found.counts, strict=True)),
             "accuracy": _defined(found.accuracy),
@@ -198,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         anchor,
         real.dataset(options.mode_split or options.split),
         options.features,
+        real.mode_names,
     )
     if options.examples is not None:
         write_examples(synthetic, source.dataset("train"), options.examples)

@@ -156,6 +156,8 @@ class PhantomSource(Source):
         InputError: an argument is out of its range.
     """
 
+    mode_names = MODE_NAMES
+
     def __init__(
         self,
         family: Family = "cardiac",

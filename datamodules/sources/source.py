@@ -56,6 +56,7 @@ class Source(ABC):
         channels: image channels C.
         size: height and width (H, W) of every sample, in pixels.
         splits: names of the splits, ``train`` and ``val`` first.
+        mode_names: of the appearance modes, by number, where samples have a ``mode``.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Source(ABC):
     channels: int
     size: tuple[int, int]
     splits: tuple[str, ...]
+    mode_names: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -47,19 +47,22 @@ class Panel:
 def sweep_panels(run: Run, label: str) -> list[Panel]:
     """Return DSC on every test set and the figures of the sets, at each number of a sweep, in its order.
 
-    ``base`` is that of the smallest budget. Figures that no method has are left out.
+    A line for every budget that the methods have, τ subsets one of their own; ``base`` is that of the
+    experiment's smallest budget. Figures that no method has are left out.
     """
-    methods, budgets = [method for _, method in run.sweeps[label]], sorted(run.experiment["budgets"])
+    methods, least = [method for _, method in run.sweeps[label]], min(run.experiment["budgets"])
     unknown = spread([])
     summaries = {(s.test_set, s.method, s.budget): s.dsc for s in summarise(run.rows)}
+    budgets = sorted({budget for _, method, budget in summaries if method in methods})
     panels = []
     for test_set in dict.fromkeys(test_set for test_set, _, _ in summaries):
         lines = {
-            f"budget {b:g}×": [summaries.get((test_set, m, b), unknown) for m in methods] for b in budgets
+            f"budget {b:g}×" if len(budgets) > 1 else "mean ± SD": [
+                summaries.get((test_set, m, b), unknown) for m in methods
+            ]
+            for b in budgets
         }
-        levels = {
-            arm: summaries.get((test_set, arm, b), unknown) for arm, b in ((REAL, 0), ("base", budgets[0]))
-        }
+        levels = {arm: summaries.get((test_set, arm, b), unknown) for arm, b in ((REAL, 0), ("base", least))}
         panels.append(Panel(f"{test_set}: DSC", "DSC (%)", lines, _known(levels)))
     for key, (title, unit) in SET_PANELS.items():
         line = [set_spread(run, method, key) for method in methods]

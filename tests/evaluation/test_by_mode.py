@@ -5,6 +5,7 @@ from torch import nn
 
 from conftest import make_segmenter
 from datamodules.sources import PhantomSource
+from datamodules.sources.phantom import MODE_NAMES
 from errors import InputError
 from evaluation.by_mode import dsc_by_mode
 
@@ -34,9 +35,9 @@ def test_modes_are_scored_apart():
         modes.append(sample["mode"])
     for mode in range(5):
         expected = np.mean([s for s, m in zip(scores, modes, strict=True) if m == mode])
-        assert table["test_uniform"][str(mode)] == pytest.approx(expected, abs=1e-3)
+        assert table["test_uniform"][MODE_NAMES[mode]] == pytest.approx(expected, abs=1e-3)
     assert table["test_uniform"]["all"] == pytest.approx(np.mean(scores), abs=1e-3)
-    assert table["test_uniform"]["0"] > table["test_uniform"]["1"] + 20  # bright against dark objects
+    assert table["test_uniform"]["bright"] > table["test_uniform"]["dark"] + 20
 
 
 def test_images_without_modes(source):

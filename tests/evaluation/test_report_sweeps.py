@@ -1,4 +1,5 @@
 import pytest
+import yaml
 from test_report import SEEDS, describe, make_run, skip_drawing, words
 
 from errors import InputError
@@ -44,6 +45,21 @@ def test_known_figures_are_drawn(run):
     assert [s.n for s in panels["FID"].lines["FID"]] == [0, 3, 0]
     assert panels["FID"].levels == {"base": 9.0}
     assert panels["mask fidelity"].levels == {}
+
+
+def test_methods_with_a_budget_of_their_own_are_drawn(tmp_path):
+    """As τ subsets are: base has the experiment's budget, they have that of the set they are taken from."""
+    run = make_run(tmp_path / "r", methods=METHODS, budgets=(4,), sweeps=SWEEPS)
+    file = run / "experiment.yaml"
+    settings = yaml.safe_load(file.read_text()) | {"budgets": [1]}
+    settings["methods"] |= {name: {"budgets": [4]} for name in METHODS[1:]}
+    file.write_text(yaml.safe_dump(settings))
+    for seed in SEEDS:
+        (run / f"seed{seed}/base/4x").rename(run / f"seed{seed}/base/1x")
+    scores = sweep_panels(Run.read(run), "β")[0]
+    base = (81 + 83 + 85.5) / 3
+    assert [s.mean for s in scores.lines["mean ± SD"]] == pytest.approx([base + 4, base + 8, base + 12])
+    assert scores.levels == pytest.approx({"real": 82, "base": base})
 
 
 @pytest.mark.parametrize(

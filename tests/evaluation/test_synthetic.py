@@ -10,6 +10,7 @@ from PIL import Image
 from conftest import make_segmenter
 from datamodules.sources import PhantomSource
 from datamodules.sources.configured import read_source
+from datamodules.sources.phantom import MODE_NAMES
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
 from evaluation import synthetic as module
@@ -125,8 +126,10 @@ def test_modes_are_learnt_from_the_split_that_shows_them(made, source):
     synthetic = SyntheticSet(made.set)
     shown = PhantomSource(**PHANTOM | {"n_test": 60}).dataset("test_uniform")
     extractor = EncoderFeatures(make_segmenter())
-    figures = measure(synthetic, source.dataset("test"), extractor, modes=shown)
-    assert list(figures["modes"]["histogram"]) == ["0", "1", "2", "3", "4"]
+    figures = measure(synthetic, source.dataset("test"), extractor, modes=shown, mode_names=source.mode_names)
+    assert list(figures["modes"]["histogram"]) == ["bright", "dark", "striped", "rim", "speckled"]
+    numbered = measure(synthetic, source.dataset("test"), extractor, modes=shown)["modes"]["histogram"]
+    assert dict(zip("01234", figures["modes"]["histogram"].values(), strict=True)) == numbered
     assert figures["modes"]["accuracy"] > 0.9
     counts, shares = figures["modes"]["histogram"], figures["modes"]["precision"]
     inside = sum(counts[mode] * shares[mode] for mode in counts if counts[mode])
@@ -193,7 +196,8 @@ def test_command_writes_the_figures_and_the_examples(made, tmp_path, monkeypatch
     figures = json.loads(output.read_text())
     segmenter = make_segmenter()
     real = read_source(made.config).dataset("val")
-    assert figures == measure(SyntheticSet(made.set), real, EncoderFeatures(segmenter), segmenter)
+    networks = EncoderFeatures(segmenter), segmenter
+    assert figures == measure(SyntheticSet(made.set), real, *networks, mode_names=MODE_NAMES)
     assert figures["fid_extractor"] == f"NNUNet encoder {segmenter.fingerprint()[:8]}"
     assert len(list(examples.iterdir())) == 2
     with np.load(tmp_path / "features.npz") as features:
@@ -220,7 +224,8 @@ def test_command_takes_a_judge_an_anchor_and_a_split_of_modes(made, tmp_path, mo
     main([f"--{key}={value}" for key, value in arguments.items()])
     source = read_source(made.config)
     given = source.dataset("test"), EncoderFeatures(make_segmenter()), *networks.values()
-    expected = measure(SyntheticSet(made.set), *given, source.dataset("test_uniform"))
+    modes = source.dataset("test_uniform")
+    expected = measure(SyntheticSet(made.set), *given, modes, mode_names=source.mode_names)
     assert json.loads((tmp_path / "synthetic.json").read_text()) == expected
 
 
