@@ -8,8 +8,8 @@ from diffusion.schedule import add_noise
 from errors import InputError
 from methods.method import OWN, PROBE, Method, Request, together
 
-STRENGTH, MIXUP = OWN + 3_000, OWN + 3_001
-"""Streams of the choice of strength and of the mixing weight."""
+STRENGTH = OWN + 3_000
+"""Stream of the choice of strength."""
 
 
 def last_part(pairs: list[tuple[int, int]], strength: float) -> list[tuple[int, int]]:
@@ -26,8 +26,6 @@ class SDEdit(Method):
 
     Args:
         strengths: s, each in (0, 1]; the strength of a sample is drawn from them uniformly.
-        mixup: α of Zhang et al., "mixup", ICLR 2018: the result is λ·made + (1 − λ)·real, λ ~ Beta(α, α),
-            the label staying the mask, which both share; 0 does not mix.
 
     Raises:
         InputError: an argument is out of its range.
@@ -35,7 +33,7 @@ class SDEdit(Method):
 
     name = "sdedit"
 
-    def __init__(self, strengths: Sequence[float] = (0.5,), mixup: float = 0.0) -> None:
+    def __init__(self, strengths: Sequence[float] = (0.5,)) -> None:
         super().__init__()
         self.strengths = tuple(float(strength) for strength in strengths)
         if not self.strengths:
@@ -43,9 +41,6 @@ class SDEdit(Method):
         for strength in self.strengths:
             if not 0 < strength <= 1:
                 raise InputError(f"strengths {strength}: each must lie above 0 and be at most 1")
-        if mixup < 0:
-            raise InputError(f"mixup {mixup}: must be at least 0; 0 does not mix")
-        self.mixup = mixup
 
     @staticmethod
     def _edit(request: Request, strength: float) -> Tensor:
@@ -57,15 +52,9 @@ class SDEdit(Method):
         return sampler.finish(x_t, request.condition, pairs)
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`Method.synthesize`; notes ``strength`` and, where it mixes, ``mixup`` = λ."""
+        """See :meth:`Method.synthesize`; notes ``strength``."""
         choice = request.noise.integers(len(self.strengths), STRENGTH)
         groups = {number: (choice == number).nonzero().flatten() for number in choice.unique().tolist()}
         made = [self._edit(request.take(rows), self.strengths[number]) for number, rows in groups.items()]
         image = together(made, list(groups.values()))
-        notes = {"strength": image.new_tensor(self.strengths)[choice]}
-        if self.mixup:
-            weight = request.noise.scalars(lambda rng: rng.beta(self.mixup, self.mixup), MIXUP)
-            share = weight.view(-1, 1, 1, 1)
-            image = (share * image + (1 - share) * request.image).clamp(-1, 1)
-            notes["mixup"] = weight
-        return image, notes
+        return image, {"strength": image.new_tensor(self.strengths)[choice]}

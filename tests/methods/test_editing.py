@@ -276,7 +276,7 @@ def test_the_latent_keeps_what_lies_under_the_mask(monkeypatch):
 
 METHODS = {
     "cig": CIG,
-    "sdedit": lambda: SDEdit([0.25, 0.75], mixup=0.2),
+    "sdedit": lambda: SDEdit([0.25, 0.75]),
     "da_fusion": DAFusion,
     "diffaug": DiffAug,
     "inpainting": lambda: Inpainting(dilate=1, resample=2),
