@@ -1,5 +1,6 @@
 """Exponential moving average of the weights that is right for short runs too."""
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -22,3 +23,7 @@ class EMA(WeightAveraging):
             torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in place where a finished run is resumed: ``on_train_end`` is left out then."""
+        self._copy_average_to_current(pl_module)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from callbacks.paths import in_run
+from errors import InputError
 from networks.pretrained import save_pretrained
 
 
@@ -24,6 +25,10 @@ class ExportWeights(Callback):
         folder: where the weights go, relative to ``trainer.default_root_dir``; replaced as a whole.
         monitor: a logged metric to choose by, such as ``val/dsc``.
         mode: whether a larger or a smaller value is better.
+
+    Raises:
+        InputError: a monitor stands beside an averaging callback: the metric would be that of the average,
+            the weights would not.
     """
 
     def __init__(
@@ -38,9 +43,20 @@ class ExportWeights(Callback):
         final = in_run(trainer, self.folder)
         return final.with_name(f".{final.name}.best")
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a choice among averages, which are no longer there when it is made."""
+        if self.monitor is not None and any(
+            isinstance(callback, WeightAveraging)
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ):
+            raise InputError(
+                f"ExportWeights: monitor {self.monitor} would choose by the average and keep what is "
+                "averaged; leave out the monitor, or the averaging callback"
+            )
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what an earlier run left, unless this one resumes it."""
-        if trainer.is_global_zero and trainer.global_step == 0:
+        if trainer.is_global_zero and trainer.ckpt_path is None:  # the step is not restored yet
             shutil.rmtree(self._best_folder(trainer), ignore_errors=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:

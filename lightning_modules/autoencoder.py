@@ -69,8 +69,13 @@ class AutoencoderLitModule(L.LightningModule):
         self.check_data(self.trainer.datamodule.source)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise unless the checkpoint holds exactly this network."""
+        """Raise unless the checkpoint holds exactly this network; take the scale of its latents."""
         check_checkpoint(self.state_dict(), checkpoint["state_dict"], "autoencoder")
+        self.autoencoder.rescale(1 / checkpoint["scaling_factor"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the scale of the latents, which no weight holds."""
+        checkpoint["scaling_factor"] = self.autoencoder.config.scaling_factor
 
     def _loss(self, batch: dict[str, Tensor], stream: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, its first term, and the means of the latents."""

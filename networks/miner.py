@@ -145,5 +145,6 @@ class Miner(Pretrained):
             hidden = F.interpolate(hidden, size=skip.shape[2:], mode="bilinear", align_corners=False)
             hidden = block(torch.cat([hidden, skip], dim=1))
         hidden = self.refine(hidden)
-        delta_sigma = self.variance_bound * torch.tanh(self.variance_head(hidden))
-        return ShiftedGaussian(mean=self.mean_head(hidden), variance=1 + delta_sigma)
+        # In float32 under mixed precision too: near 1 half precision cannot tell a variance from 1.
+        mean, raw = self.mean_head(hidden).float(), self.variance_head(hidden).float()
+        return ShiftedGaussian(mean, 1 + self.variance_bound * torch.tanh(raw))

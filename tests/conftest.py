@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import cli
 import original
@@ -145,6 +146,11 @@ def make_trainer(root, **settings) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     defaults = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
     return L.Trainer(default_root_dir=root, **quiet | defaults | settings)
+
+
+def keep_last(folder) -> ModelCheckpoint:
+    """The checkpoint callback of the stages' configs, writing to a folder."""
+    return ModelCheckpoint(folder, save_last="link", save_top_k=1, enable_version_counter=False)
 
 
 @pytest.fixture

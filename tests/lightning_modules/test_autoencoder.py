@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from callbacks import EMA, ExportWeights
-from conftest import make_controlldm, make_trainer
+from conftest import keep_last, make_controlldm, make_trainer
 from datamodules import SegDataModule
 from datamodules.sources import PhantomSource
 from errors import InputError
@@ -38,6 +38,23 @@ def test_it_learns_and_hands_on_the_scale_of_its_latents(source, tmp_path):
     scale = trained.config.scaling_factor
     assert scale == trained.vae.config.scaling_factor
     assert (latents * scale).var(correction=0).item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_finished_run_that_is_resumed_hands_on_the_same(source, tmp_path):
+    """The average, and the scale of the latents: neither is in the network's own state."""
+
+    def run(ckpt_path=None):
+        keep = keep_last(tmp_path / "kept")
+        callbacks = [EMA(), ExportWeights(), keep]
+        trainer = make_trainer(tmp_path, max_steps=6, callbacks=callbacks, enable_checkpointing=True)
+        module = AutoencoderLitModule(make_autoencoder(), adam, warmup_steps=0)
+        trainer.fit(module, SegDataModule(source, batch_size=4, steps_per_epoch=3), ckpt_path=ckpt_path)
+        handed_on = load_pretrained(tmp_path / "weights", Autoencoder)
+        return handed_on.fingerprint(), handed_on.config.scaling_factor, handed_on.vae.config.scaling_factor
+
+    first = run()
+    assert first[1] != 1
+    assert run(tmp_path / "kept" / "last.ckpt") == first
 
 
 def test_loss_is_absolute_error_and_divergence(source):

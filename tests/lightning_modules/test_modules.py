@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch.distributions import Normal, kl_divergence
 
-from callbacks import ExportWeights
-from conftest import make_backbone, make_miner, make_segmenter, make_trainer
+from callbacks import EMA, ExportWeights
+from conftest import keep_last, make_backbone, make_miner, make_segmenter, make_trainer
 from datamodules import ConditionDataModule, SegDataModule
 from datamodules.sources import PhantomSource
 from diffusion.backbones import SegDiff
@@ -182,7 +182,7 @@ def test_an_interrupted_run_resumes_exactly(weights, source, tmp_path, stage):
 
     def run(name, fail_at=None, ckpt_path=None):
         items, folder = Items(fail_at), tmp_path / name
-        keep = ModelCheckpoint(folder, save_last="link", save_top_k=1, enable_version_counter=False)
+        keep = keep_last(folder)
         trainer = make_trainer(tmp_path, max_steps=8, callbacks=[items, keep], enable_checkpointing=True)
         if stage == "miner":
             module, data = mining(weights), conditions(source, steps_per_epoch=3)
@@ -406,6 +406,29 @@ def test_best_weights_are_exported(source, tmp_path, values, mode, best):
     trainer.fit(Given(values), SegDataModule(source, batch_size=2, steps_per_epoch=1))
     assert exported_epoch(tmp_path) == best
     assert sorted(p.name for p in tmp_path.iterdir()) == [".weights.best", "weights"]
+
+
+def test_a_resumed_run_exports_the_best_of_both_parts(source, tmp_path):
+    """Cut after its best epoch, and resumed once more when all is done."""
+
+    def run(fail_at=None, ckpt_path=None):
+        keep = keep_last(tmp_path / "kept")
+        callbacks = [Items(fail_at), ExportWeights(monitor="val/dsc"), keep]
+        trainer = make_trainer(tmp_path, max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
+        data = SegDataModule(source, batch_size=2, steps_per_epoch=2)
+        trainer.fit(Given([0.5, 0.9, 0.6, 0.7]), data, ckpt_path=ckpt_path)
+        return exported_epoch(tmp_path)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(fail_at=5)
+    for _ in range(2):
+        assert run(ckpt_path=tmp_path / "kept" / "last.ckpt") == 1
+
+
+def test_a_monitor_beside_an_average_is_refused(source, tmp_path):
+    trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[EMA(), ExportWeights(monitor="val/dsc")])
+    with pytest.raises(InputError, match="monitor val/dsc would choose by the average"):
+        trainer.fit(Given([1.0]), SegDataModule(source, batch_size=2, steps_per_epoch=1))
 
 
 def test_export_takes_no_leftover_of_an_interrupted_run(source, tmp_path):
