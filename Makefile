@@ -23,12 +23,16 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	@touch $@
 
 experiment: $(VENV)/.run  ## Run configs/experiments/NAME.yaml, or go on where it stopped (DATA_ROOT=folder of the data sets)
-	@test -n "$(NAME)" || { echo "error: name an experiment: make experiment NAME=demo"; ls configs/experiments; exit 2; }
+	@test -f "configs/experiments/$(NAME).yaml" || { echo "error: no configs/experiments/$(NAME).yaml; name one of these as NAME=…:"; \
+		ls configs/experiments; exit 2; }
 	@mkdir -p runs
-	flock --nonblock --conflict-exit-code 3 runs/.$(NAME).lock \
+	@root=configs/experiments/$(NAME).yaml; \
+	while next=$$(sed -n 's/^extends: *//p' $$root 2>/dev/null); [ -n "$$next" ]; do root=$$next; done; \
+	flock --nonblock --conflict-exit-code 3 runs/.$$(basename $$root .yaml).lock \
 		$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile configs/experiments/$(NAME).yaml \
 		--cores $(CORES) --rerun-incomplete --nolock --quiet rules \
-		|| { code=$$?; [ $$code -ne 3 ] || echo "error: this experiment is already running"; exit $$code; }
+		|| { code=$$?; [ $$code -ne 3 ] || \
+		echo "error: this experiment, or one that shares networks with it, is already running"; exit $$code; }
 
 demo:  ## Run the whole chain on phantoms: real, plain and chosen samples, and the report
 	@$(MAKE) --no-print-directory experiment NAME=demo

@@ -1,6 +1,7 @@
 """The application: ``python cli.py fit|validate|test|predict --config …``."""
 
 import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that every class is known by its name alone.
@@ -28,14 +29,26 @@ class CLI(LightningCLI):
         if hasattr(self.model, "check_data"):
             self.model.check_data(self.datamodule.source)
 
-    def before_predict(self) -> None:
-        """Check the data, that there are weights, and that no other folder stands where predictions go."""
+    def before_test(self) -> None:
+        """Check the data, and that there are weights to score or to predict with."""
         self.check_data()
         if hasattr(self.model, "check_trained"):
-            self.model.check_trained(self.config.predict.ckpt_path)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, callbacks.FolderWriter):
-                callback.check_folder(self.trainer)
+            self.model.check_trained(self.config[str(self.subcommand)].ckpt_path)
+
+    before_validate = before_test
+
+    def before_predict(self) -> None:
+        """Check what a test needs, and that the predictions go somewhere where no other folder stands."""
+        self.before_test()
+        writers = [c for c in self.trainer.callbacks if isinstance(c, BasePredictionWriter)]  # type: ignore[attr-defined]
+        if not writers:
+            raise InputError(
+                "trainer.callbacks: none of them writes what is predicted; take configs/stages/"
+                "synthesis.yaml to fill a set, or configs/stages/prediction.yaml to segment images"
+            )
+        for writer in writers:
+            if isinstance(writer, callbacks.FolderWriter):
+                writer.check_folder(self.trainer)
 
     def before_fit(self) -> None:
         """Check the data, and that what is to be tested afterwards can be."""
@@ -50,12 +63,11 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the weights that were handed on, if asked to: those of the best validation, say."""
         if self.config.fit.test_after_fit:
+            self.trainer.strategy.barrier()  # until the first process has written them
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, callbacks.ExportWeights):
                     self.model.take(str(in_run(self.trainer, callback.folder)))
             self.trainer.test(self.model, datamodule=self.datamodule)
-
-    before_validate = before_test = check_data
 
 
 def main(args: ArgsType = None) -> LightningCLI:

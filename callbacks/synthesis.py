@@ -46,11 +46,9 @@ class SynthesisCallback(FolderWriter):
         """See :meth:`FolderWriter.parts`."""
         return ["images", "masks", *(["noise"] if self.noise else [])]
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """See :meth:`FolderWriter.setup`."""
-        if stage == "predict":
-            self.fingerprints = pl_module.fingerprints()
-        super().setup(trainer, pl_module, stage)
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note which networks the samples are made with, once those of a checkpoint are there."""
+        self.fingerprints = pl_module.fingerprints()
 
     def write_on_batch_end(
         self,

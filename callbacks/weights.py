@@ -44,7 +44,7 @@ class ExportWeights(Callback):
         return final.with_name(f".{final.name}.best")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a choice among averages, which are no longer there when it is made."""
+        """Refuse a choice among averages, gone when it is made, and steps that nothing validates."""
         if self.monitor is not None and any(
             isinstance(callback, WeightAveraging)
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -52,6 +52,14 @@ class ExportWeights(Callback):
             raise InputError(
                 f"ExportWeights: monitor {self.monitor} would choose by the average and keep what is "
                 "averaged; leave out the monitor, or the averaging callback"
+            )
+
+        steps = getattr(trainer.datamodule, "steps_per_epoch", 0)  # type: ignore[attr-defined]
+        rest = trainer.max_steps % steps if steps and trainer.max_steps > steps else 0
+        if self.monitor is not None and stage == "fit" and rest:
+            raise InputError(
+                f"trainer.max_steps {trainer.max_steps}: no validation would see the last {rest} steps, "
+                f"with one every {steps}; make it a multiple of data.steps_per_epoch"
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

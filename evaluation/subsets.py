@@ -43,7 +43,8 @@ def write_subset(
 
     Files are hard links where the file system has them, copies elsewhere; their names, and the lines of
     the manifest, stay those of the whole set, but for ``kl``: conditioning on an event of probability p
-    moves a distribution by −ln p nats, and p is taken to be the share that is kept. ``dataset.json`` gets
+    moves a distribution by −ln p nats, and p is taken to be the share that is kept; and for ``calls`` and
+    ``seconds``, which are also those of the samples that were left out. ``dataset.json`` gets
     the new ``n`` and, under ``subset``, every selection that led there. The folder is whole or absent.
 
     Args:
@@ -83,13 +84,21 @@ def write_subset(
         noise = f"noise/{entry['index']:06d}.npy"
         if (source.folder / noise).is_file():
             _link(source.folder / noise, partial / noise)
-    nats = 0.0 if control else -math.log(len(kept) / len(source))
-    lines = [entry | {"kl": entry["kl"] + nats} if entry.get("kl") is not None else entry for entry in kept]
+    made_for_one = 1.0 if control else len(source) / len(kept)
+    lines = [entry | _cost_of_choosing(entry, made_for_one) for entry in kept]
     (partial / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
     shutil.rmtree(output, ignore_errors=True)
     os.replace(partial, output)
     return len(kept)
+
+
+def _cost_of_choosing(entry: Mapping[str, Any], made_for_one: float) -> dict[str, float]:
+    """Return what changes in a line of the manifest when one of so many samples is kept."""
+    changed = {key: entry[key] * made_for_one for key in ("calls", "seconds") if key in entry}
+    if entry.get("kl") is not None:
+        changed["kl"] = entry["kl"] + math.log(made_for_one)
+    return changed
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """Checks of one part of a run against another, before anything is trained."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -65,6 +65,17 @@ def started(network: Network, weights: str | None, argument: str) -> Network:
         )
     network.load_state_dict(trained.state_dict())
     return network
+
+
+def check_trained(found: Any, what: str) -> None:
+    """Raise unless something trained is found: a network that has learnt nothing has no results.
+
+    Args:
+        found: true if there is.
+        what: what the network is.
+    """
+    if not found:
+        raise InputError(f"model.weights: is not given; name the folder of a trained {what}")
 
 
 def check_checkpoint(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

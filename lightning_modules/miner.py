@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from datamodules.sources import Source
 from diffusion.sampler import SIGNAL, GradientMode
 from errors import InputError
-from lightning_modules.checks import check_checkpoint, check_image_set
+from lightning_modules.checks import check_checkpoint, check_image_set, check_trained
 from lightning_modules.synthesis import SynthesisLitModule
 from methods import Base, Mined, Request
 from methods.method import PROBE
@@ -139,6 +140,7 @@ class MinerLitModule(SynthesisLitModule):
             )
         if elites and scorer:
             raise InputError("model.elites and model.scorer: choose one of the two")
+        self.started = weights is not None
         self.method = Mined(network, noise, keep_norm)
         self.reference = _frozen(reference, Segmenter)  # type: ignore[type-abstract]
         self.scorer = _frozen(scorer, Scorer)
@@ -172,6 +174,10 @@ class MinerLitModule(SynthesisLitModule):
         super().check_data(source)
         if self.reference is not None:
             check_image_set(source, self.reference, "model.reference")
+
+    def check_trained(self, ckpt_path: str | Path | None) -> None:
+        """Raise unless there are weights to sample with, or a checkpoint is to be loaded."""
+        check_trained(self.started or ckpt_path, "miner")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this miner."""

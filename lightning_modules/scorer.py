@@ -1,5 +1,6 @@
 """Train the seed scorer: how hard will the finished sample be, from the backbone's first response?"""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from datamodules.streams import item_generator
 from diffusion.noise import NoiseStream
 from diffusion.sampler import SIGNAL
 from errors import InputError
-from lightning_modules.checks import check_checkpoint, check_image_set
+from lightning_modules.checks import check_checkpoint, check_image_set, check_trained
 from lightning_modules.synthesis import CALIBRATION_SEED, SynthesisLitModule
 from methods.method import PROBE
 from methods.seed_scorer import SeedScorer
@@ -92,6 +93,7 @@ class ScorerLitModule(SynthesisLitModule):
             )
         if glance < 0:
             raise InputError(f"model.glance {glance}: choose at least 1 call of the backbone, or 0")
+        self.started = weights is not None
         self.method = SeedScorer(network, n)
         self.reference = (
             load_pretrained(reference, Segmenter).freeze()  # type: ignore[type-abstract]
@@ -134,6 +136,10 @@ class ScorerLitModule(SynthesisLitModule):
                 f"{'glances' if self.glance else 'finished images'}, which {type(data).__name__} does not "
                 f"give; take data {wanted.__name__}"
             )
+
+    def check_trained(self, ckpt_path: str | Path | None) -> None:
+        """Raise unless there are weights to sample with, or a checkpoint is to be loaded."""
+        check_trained(self.started or ckpt_path, "seed scorer")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise unless the checkpoint holds exactly this scorer."""
@@ -241,7 +247,8 @@ class ScorerLitModule(SynthesisLitModule):
             batch = {key: value.to(self.device) for key, value in batch.items()}
             response, _, image = self._glanced(batch, 0)
         else:
-            response = torch.stack([self.known[i][0] for i in batch["sample"].tolist()]).float()
+            response = torch.stack([self.known[i][0] for i in batch["sample"].tolist()])
+            response = response.float().to(self.device)
             image = batch["image"]
         is_estimate = self.scorer.inputs not in ("noise", "score")
         shown = self.backbone.decode(response) if is_estimate else response[:, : image.shape[1]]

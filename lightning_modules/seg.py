@@ -15,7 +15,7 @@ from datamodules.streams import item_generator
 from errors import InputError
 from evaluation.metrics import SegmentationScore
 from evaluation.protocols import PresetName
-from lightning_modules.checks import check_checkpoint, check_image_set, started
+from lightning_modules.checks import check_checkpoint, check_image_set, check_trained, started
 from networks.pretrained import training_facts
 from networks.segmenter import Segmenter
 from networks.sliding_window import sliding_window
@@ -98,9 +98,8 @@ class SegLitModule(L.LightningModule):
         check_image_set(source, self.segmenter, "model.segmenter", whole or self.inference == "whole")
 
     def check_trained(self, ckpt_path: str | Path | None) -> None:
-        """Raise unless there are weights to predict with, or a checkpoint is to be loaded."""
-        if not (self.started or ckpt_path):
-            raise InputError("model.weights: is not given; name the folder of a trained segmenter")
+        """Raise unless there are weights to score or to predict with, or a checkpoint is to be loaded."""
+        check_trained(self.started or ckpt_path, "segmenter")
 
     def setup(self, stage: str) -> None:
         """Check the segmenter against the data and prepare the scores."""
@@ -213,3 +212,13 @@ class SegLitModule(L.LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total, self.power)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let the decay of a run that is resumed for longer than it was planned end where it ends now."""
+        schedule: Any = self.lr_schedulers()
+        total = int(self.trainer.estimated_stepping_batches)
+        if schedule.total_iters != total:
+            schedule.total_iters = total
+            decay = max(0.0, 1 - schedule.last_epoch / total) ** self.power
+            for group, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = rate * decay

@@ -212,6 +212,26 @@ def test_segmenting_without_weights(tmp_path):
     refused(tmp_path, arguments, "model.weights", "trained segmenter")
 
 
+def test_what_has_learnt_nothing_is_neither_tested_nor_sampled_with(runs, tmp_path):
+    refused(tmp_path, command("test", "segmenter", tmp_path, network=SEGMENTER), "trained segmenter")
+    untrained = ["--model=MinerLitModule", *frozen(runs), *MINER, "--model.init_args.truncate=2"]
+    refused(tmp_path, command("predict", "synthesis", tmp_path, *untrained), "model.weights", "trained miner")
+
+
+def test_predictions_that_nobody_would_write_are_refused(runs, tmp_path):
+    weights = f"--model.init_args.weights={runs.miner / 'weights'}"
+    arguments = command("predict", "miner", tmp_path, *frozen(runs, steps=10), weights, *MINER)
+    refused(tmp_path, arguments, "trainer.callbacks", "synthesis.yaml")
+
+
+def test_the_miner_of_a_checkpoint_is_noted(runs, tmp_path):
+    checkpoint = f"--ckpt_path={runs.miner / 'tensorboard' / 'checkpoints' / 'last.ckpt'}"
+    args = ["--model=MinerLitModule", *frozen(runs), *MINER, "--model.init_args.truncate=2", checkpoint]
+    cli.main(command("predict", "synthesis", tmp_path, *args))
+    facts = json.loads((tmp_path / "synthetic" / "dataset.json").read_text())
+    assert facts["weights"]["miner"] == fingerprint(runs.miner, Miner)
+
+
 def test_resuming_from_the_last_checkpoint(runs, tmp_path):
     checkpoint = runs.miner / "tensorboard" / "checkpoints" / "last.ckpt"
     args = [*short(6), *frozen(runs), *MINING, *MINER, f"--ckpt_path={checkpoint}"]
@@ -335,6 +355,24 @@ def test_two_processes_synthesise_the_same_set(runs, tmp_path):
     entries = [[json.loads(line) for line in files["manifest.jsonl"].splitlines()] for files in (one, two)]
     for first, second in zip(*entries, strict=True):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_two_processes_train_a_segmenter_and_test_it(tmp_path):
+    args = [*short(4, batch=2), "--test_after_fit=true"]
+    two_processes(command("fit", "segmenter", tmp_path, *args, network=SEGMENTER))
+    tested = json.loads((tmp_path / "test.json").read_text())
+    cli.main(
+        command(
+            "test",
+            "segmenter",
+            tmp_path / "again",
+            f"--model.init_args.weights={tmp_path / 'weights'}",
+            network=SEGMENTER,
+        )
+    )
+    again = json.loads((tmp_path / "again" / "test.json").read_text())
+    for name, scores in again["test_sets"].items():
+        assert tested["test_sets"][name] == pytest.approx(scores, rel=1e-4)
 
 
 def test_two_processes_mine_as_one_does_with_twice_the_batch(runs, tmp_path):

@@ -1,6 +1,7 @@
 """Settings of an experiment: what it takes over from another one, and what its names stand for."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,41 @@ def resolved(settings: Settings) -> Settings:
             "arguments": arguments,
         }
     return settings | {"stages": stages, "methods": _filled(settings | {"stages": stages})}
+
+
+def check_settings(experiment: Settings, where: str | Path) -> None:
+    """Check the settings of an experiment that the report goes by.
+
+    Args:
+        experiment: the settings.
+        where: the file they are in, or the name of the experiment.
+
+    Raises:
+        InputError: a setting is missing, of the wrong type, or names an unknown method.
+    """
+    methods = experiment.get("methods")
+    if not isinstance(methods, dict):
+        raise InputError(f"{where}: methods must be a mapping; write methods: {{}} for real images alone")
+    for key, kind, needed in (("budgets", int | float, bool(methods)), ("seeds", int, True)):
+        values = experiment.get(key, [])
+        if (
+            not isinstance(values, list)
+            or not all(isinstance(v, kind) for v in values)
+            or needed > len(values)
+        ):
+            raise InputError(f"{where}: {key} must be a list; write {key}: [...]")
+    if methods and "backbone" not in experiment:
+        raise InputError(f"{where} has no backbone; name the one that the methods use")
+    if experiment.get("highlight") not in (None, *methods):
+        raise InputError(f"{where}: highlight must be one of the methods")
+    shown = experiment.get("embedding") or []
+    if not isinstance(shown, list) or not all(m in methods for m in shown):
+        raise InputError(f"{where}: embedding must be a list of methods; write embedding: [...]")
+    sweeps = experiment.get("sweeps") or {}
+    if not isinstance(sweeps, dict) or not all(_is_sweep(sweep, methods) for sweep in sweeps.values()):
+        raise InputError(
+            f"{where}: sweeps must map numbers to methods, by axis; write sweeps: {{axis: {{1: method}}}}"
+        )
 
 
 def over(base: Settings, own: Settings) -> Settings:
@@ -128,6 +164,13 @@ def _filled(settings: Settings) -> Settings:
         name: method | {key: fill(method[key]) for key in ("arguments", "training") if key in method}
         for name, method in methods.items()
     }
+
+
+def _is_sweep(sweep: Any, methods: dict[str, Any]) -> bool:
+    try:
+        return all(math.isfinite(float(x)) and method in methods for x, method in sweep.items())
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def _load(path: str | Path) -> Settings:

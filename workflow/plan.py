@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ TAKES = {
 TRAINED = {"miner": "miner", "scorer": "scorer", "glance_scorer": "scorer"}
 """Stages that train a method's network, and the argument of the method that takes it."""
 
-MEASURED_BY = ("fid_source", "fid_split", "mode_split", "inception")
+MEASURED_BY = ("fid_source", "fid_split", "gain_split", "mode_split", "inception")
 """Settings that a set's figures depend on."""
 
 _ARM = re.compile(r"\{arms\}/([^\"{}]+)/weights")
@@ -208,8 +209,10 @@ class Plan:
             )
             target.mkdir(parents=True, exist_ok=True)
             link.parent.mkdir(parents=True, exist_ok=True)
+            if link.is_symlink() and link.resolve() != target.resolve():
+                link.unlink()  # to what another experiment made, or to where the project once was
             if not link.exists():
-                link.symlink_to(target.resolve())
+                link.symlink_to(os.path.relpath(target, link.parent))
 
     def _shared(self, base: Settings) -> list[str]:
         """Return the folders that hold the same in the run of another experiment."""

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 import yaml
 
-from evaluation.report.inputs import check_settings, finite, read_features, read_mapping, read_scalars
+from evaluation.report.inputs import finite, read_features, read_mapping, read_scalars
+from workflow.experiment import check_settings
 
 REAL = "real"
 """Name of the arm that is trained on real images alone."""
@@ -262,13 +263,15 @@ class Run:
         ]
 
     def cap(self) -> float | None:
-        """Return the cap κ of the reward that the miner was trained with; None without a miner."""
+        """Return the cap κ that the miner was trained with; None where the sets have other units."""
         name = f"seed{self.experiment['seeds'][0]}/{self.mined}_training/tensorboard/config.yaml"
         if not (self.folder / name).is_file():
             return None
-        return read_mapping(self.folder, name, yaml.safe_load, ("model",))["model"]["init_args"].get(
-            "kappa_up"
-        )
+        trained = read_mapping(self.folder, name, yaml.safe_load, ("model",))["model"]["init_args"]
+        same = {one["reward"] for one in self.sets.values()} == {trained.get("reward")}
+        if trained.get("reference") or trained.get("scorer") or not same:
+            return None
+        return trained.get("kappa_up")
 
     def features(self, method: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Return features of real (R, D) and of synthetic (N, D) images of the first seed, if saved.

@@ -26,7 +26,7 @@ class Gain:
         cosine: cos ζ of that gradient to that of real images.
         whole: first-order gain γ⟨g_syn, g_real⟩ of the whole network, in units of the loss.
         last: that of the output layer.
-        retrained: by test set, ΔDSC to ``real`` in points at the smallest budget, paired by seed.
+        retrained: by test set, ΔDSC to ``real`` in points at the largest budget, paired by seed.
     """
 
     method: str

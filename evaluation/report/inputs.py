@@ -1,4 +1,4 @@
-"""Read single files of a run, and check its settings."""
+"""Read single files of a run."""
 
 import math
 import zipfile
@@ -77,37 +77,6 @@ def read_scalars(logs: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return series
 
 
-def check_settings(experiment: dict[str, Any], path: Path) -> None:
-    """Check the settings of an experiment that the report goes by.
-
-    Raises:
-        InputError: a setting is missing, of the wrong type, or names an unknown method.
-    """
-    methods = experiment.get("methods")
-    if not isinstance(methods, dict):
-        raise InputError(f"{path}: methods must be a mapping; write methods: {{}} for real images alone")
-    for key, kind, needed in (("budgets", int | float, bool(methods)), ("seeds", int, True)):
-        values = experiment.get(key, [])
-        if (
-            not isinstance(values, list)
-            or not all(isinstance(v, kind) for v in values)
-            or needed > len(values)
-        ):
-            raise InputError(f"{path}: {key} must be a list; write {key}: [...]")
-    if methods and "backbone" not in experiment:
-        raise InputError(f"{path} has no backbone; name the one that the methods use")
-    if experiment.get("highlight") not in (None, *methods):
-        raise InputError(f"{path}: highlight must be one of the methods")
-    shown = experiment.get("embedding") or []
-    if not isinstance(shown, list) or not all(m in methods for m in shown):
-        raise InputError(f"{path}: embedding must be a list of methods; write embedding: [...]")
-    sweeps = experiment.get("sweeps") or {}
-    if not isinstance(sweeps, dict) or not all(_is_sweep(sweep, methods) for sweep in sweeps.values()):
-        raise InputError(
-            f"{path}: sweeps must map numbers to methods, by axis; write sweeps: {{axis: {{1: method}}}}"
-        )
-
-
 def finite(value: Any) -> Any:
     """Return None for a NaN or infinite number, also inside lists and mappings; anything else as it is."""
     if isinstance(value, dict):
@@ -130,13 +99,6 @@ def _has(content: Any, path: Sequence[str]) -> bool:
             return False
         content = content[key]
     return True
-
-
-def _is_sweep(sweep: Any, methods: dict[str, Any]) -> bool:
-    try:
-        return all(math.isfinite(float(x)) and method in methods for x, method in sweep.items())
-    except (AttributeError, TypeError, ValueError):
-        return False
 
 
 def _command(folder: Path) -> str:

@@ -405,9 +405,12 @@ def test_a_method_may_have_budgets_of_its_own(tmp_path):
 
 def test_cap_is_the_one_the_miner_was_trained_with(run):
     assert Run.read(run).cap() is None
-    config = {"model": {"init_args": {"kappa_up": 0.5}}}
-    put(run / "seed0/miner_training/tensorboard/config.yaml", yaml.safe_dump(config))
-    assert Run.read(run).cap() == 0.5
+    for changes, cap in (({}, 0.5), ({"reward": "dice"}, None), ({"reference": "weights"}, None)):
+        config = {
+            "model": {"init_args": {"kappa_up": 0.5, "reward": "bounded_ce", "reference": None} | changes}
+        }
+        put(run / "seed0/miner_training/tensorboard/config.yaml", yaml.safe_dump(config))
+        assert Run.read(run).cap() == cap
 
 
 def test_examples_are_spread_over_the_set(run):

@@ -26,7 +26,8 @@ def whole(tmp_path):
         for file, level in zip(files.values(), (i, i % 2), strict=True):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((4, 4), level, np.uint8)).save(folder / file)
-        lines.append(json.dumps({"index": i, "value": value, "kl": 10.0 * i, "name": "x"} | files) + "\n")
+        facts = {"index": i, "value": value, "kl": 10.0 * i, "name": "x", "calls": 50.0, "seconds": 0.1 * i}
+        lines.append(json.dumps(facts | files) + "\n")
     (folder / "manifest.jsonl").write_text("".join(lines))
     (folder / "dataset.json").write_text(json.dumps(FACTS))
     return folder
@@ -70,6 +71,8 @@ def test_subset_is_a_set_of_its_own(whole, tmp_path, monkeypatch, links):
     nats = pytest.approx(math.log(6 / 3))  # three of six
     for entry, was in zip(chosen.entries, kept, strict=True):
         assert entry.pop("kl") - was.pop("kl") == nats
+        for cost in ("calls", "seconds"):  # those of the samples that were left out, too
+            assert entry.pop(cost) == 6 / 3 * was.pop(cost)
         assert entry == was
     assert json.loads((output / "dataset.json").read_text()) == FACTS | {
         "n": 3,
@@ -130,6 +133,6 @@ def test_control_is_as_many_of_the_first(whole, tmp_path):
     for i in range(6):
         np.save(whole / "noise" / f"{i:06d}.npy", np.full(3, i))
     assert write_subset(whole, tmp_path / "out", 0.4, control=True) == 2
-    assert [entry["index"] for entry in SyntheticSet(tmp_path / "out").entries] == [0, 1]
+    assert [(e["index"], e["calls"]) for e in SyntheticSet(tmp_path / "out").entries] == [(0, 50), (1, 50)]
     assert [np.load(tmp_path / "out/noise" / f"{i:06d}.npy")[0] for i in (0, 1)] == [0, 1]
     assert json.loads((tmp_path / "out/dataset.json").read_text())["subset"][0]["control"] is True

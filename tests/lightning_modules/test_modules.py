@@ -425,6 +425,36 @@ def test_a_resumed_run_exports_the_best_of_both_parts(source, tmp_path):
         assert run(ckpt_path=tmp_path / "kept" / "last.ckpt") == 1
 
 
+def test_steps_that_no_validation_would_see_are_refused(source, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=5, callbacks=[ExportWeights(monitor="val/dsc")])
+    with pytest.raises(InputError, match="max_steps 5: no validation would see the last 1 steps"):
+        trainer.fit(Given([1.0] * 3), SegDataModule(source, batch_size=2, steps_per_epoch=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_resumed_for_longer_learns_on(source, tmp_path):
+    """The learning rate decays to the end of the longer run; that of the shorter one had come to 0."""
+
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def run(steps, ckpt_path=None):
+        rates, keep = Rates(), keep_last(tmp_path / "kept")
+        trainer = make_trainer(tmp_path, max_steps=steps, callbacks=[rates, keep], enable_checkpointing=True)
+        module = SegLitModule(make_segmenter(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        data = SegDataModule(source, batch_size=2, steps_per_epoch=2)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return rates.seen
+
+    assert run(4) == pytest.approx([0.1 * (1 - step / 4) ** 0.9 for step in range(4)])
+    longer = run(8, tmp_path / "kept" / "last.ckpt")
+    assert longer == pytest.approx([0.1 * (1 - step / 8) ** 0.9 for step in range(4, 8)])
+
+
 def test_a_monitor_beside_an_average_is_refused(source, tmp_path):
     trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[EMA(), ExportWeights(monitor="val/dsc")])
     with pytest.raises(InputError, match="monitor val/dsc would choose by the average"):

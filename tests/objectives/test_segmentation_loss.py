@@ -53,6 +53,13 @@ def test_deep_supervision_is_the_weighted_sum(mask):
     assert dice_ce(levels, mask).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_every_level_has_a_gradient(mask):
+    """Also the coarsest, whose weight is 0: training by several processes waits for it."""
+    levels = [logits_of(size).requires_grad_() for size in (16, 8, 4)]
+    dice_ce(levels, mask).backward()
+    assert [bool(level.grad.any()) for level in levels] == [True, True, False]
+
+
 def test_perfect_logits_cost_nothing_and_wrong_ones_a_lot(mask):
     right = 30 * F.one_hot(mask, 3).permute(0, 3, 1, 2).float()
     assert dice_ce(right, mask).item() == pytest.approx(0, abs=1e-5)

@@ -10,10 +10,9 @@ import pytest
 import yaml
 
 from evaluation.report.collect import own_budgets
-from evaluation.report.inputs import check_settings
 from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
-from workflow.experiment import read
+from workflow.experiment import check_settings, read
 
 ROOT = Path(__file__).parents[2]
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--nolock")

@@ -68,6 +68,20 @@ def test_a_changed_stage_is_shared_by_none_that_depends_on_it(settings):
     assert {path.name for path in run.glob("seed0/*")} == {"real", "plain"}
 
 
+def test_links_lead_to_the_experiment_that_is_extended_now(settings):
+    """Not to the one that it extended before, nor to where the project once was."""
+    more = Plan(settings | {"name": "more", "seeds": [0]})
+    real = Path(more.run, "seed0/real")
+    for name in ("first", "second"):
+        more.share(settings | {"name": name})
+        assert real.resolve() == Path(settings["runs"], name, "seed0/real").resolve()
+        assert not real.readlink().is_absolute()
+    real.unlink()
+    real.symlink_to("/where/it/once/was")
+    more.share(settings | {"name": "second"})
+    assert real.resolve().is_dir()
+
+
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
