@@ -15,10 +15,9 @@ import torch
 from datamodules.sources import Source
 from datamodules.sources.configured import read_source
 from errors import InputError
-from evaluation.batches import batches
+from evaluation.batches import batches, ready
 from evaluation.metrics import SegmentationScore
 from files import write_atomically
-from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
 
 
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="config.yaml of a run on the real images")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    segmenter: Any = load_pretrained(options.weights, Segmenter)  # type: ignore[type-abstract]
+    segmenter: Any = ready(options.weights, Segmenter)  # type: ignore[type-abstract]
     table = dsc_by_mode(segmenter, read_source(options.config))
     for split, modes in table.items():
         print(f"{split}: " + ", ".join(f"{mode} {dsc:.1f}" for mode, dsc in modes.items()))

@@ -18,10 +18,9 @@ from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from errors import InputError
-from evaluation.batches import BATCH, batches
+from evaluation.batches import BATCH, batches, ready
 from files import write_atomically
 from methods.method import PROBE
-from networks.pretrained import load_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS
@@ -150,8 +149,8 @@ def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
 
 def loaded(options: argparse.Namespace) -> tuple[SyntheticSet, Sampler, Segmenter]:
     """Return the plain set, DDIM through the backbone, and the anchor that such a command names."""
-    backbone = load_pretrained(options.backbone, Backbone).freeze()  # type: ignore[type-abstract]
-    anchor = load_pretrained(options.anchor, Segmenter).freeze()  # type: ignore[type-abstract]
+    backbone = ready(options.backbone, Backbone)  # type: ignore[type-abstract]
+    anchor = ready(options.anchor, Segmenter)  # type: ignore[type-abstract]
     return SyntheticSet(options.set), Sampler(backbone, options.steps), anchor
 
 
@@ -161,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scorer", help="weights folder of a seed scorer, to compare with")
     options = parser.parse_args(arguments)
     plain, sampler, anchor = loaded(options)
-    scorer = None if options.scorer is None else load_pretrained(options.scorer, Scorer).freeze()
+    scorer = None if options.scorer is None else ready(options.scorer, Scorer)
     rows = foresight(plain, sampler, anchor, scorer)
     facts = {"set": options.set, "n": len(plain), "steps": options.steps, "anchor": anchor.fingerprint()[:8]}
     write_atomically(options.output, json.dumps(facts | {"rows": rows}, indent=2) + "\n")

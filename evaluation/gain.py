@@ -17,10 +17,9 @@ from torch.utils.data import Dataset
 from datamodules.sources.configured import read_source
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
-from evaluation.batches import batches
+from evaluation.batches import batches, ready
 from evaluation.fidelity import check_fit
 from files import write_atomically
-from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
 from objectives.gradients import cosine, last_parameters, parameter_gradient
 from objectives.rewards import REWARDS
@@ -151,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gamma", type=float, default=0.01, help="step size")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    anchor = load_pretrained(options.anchor, Segmenter)  # type: ignore[type-abstract]
+    anchor = ready(options.anchor, Segmenter)  # type: ignore[type-abstract]
     source = read_source(options.config)
     if (source.channels, source.num_classes) != (anchor.image_channels, anchor.num_classes):
         raise InputError(

@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 
 from datamodules.sources.configured import read_source
 from datamodules.sources.synthetic import SyntheticSet
+from evaluation.batches import ready
 from evaluation.distribution import diversity, features_of, inside, kid, precision_recall, vendi
 from evaluation.fid import EncoderFeatures, fid, inception
 from evaluation.fidelity import adversariality, mask_fidelity
 from evaluation.modes import knows_modes, mode_histogram
 from evaluation.noise import typical_set
 from files import write_atomically
-from networks.pretrained import load_pretrained
 from networks.segmenter import Segmenter
 
 
@@ -165,7 +165,7 @@ def write_examples(synthetic: SyntheticSet, real: Dataset, folder: Path) -> None
 
 
 def _load(folder: str) -> Segmenter:
-    return load_pretrained(folder, Segmenter)  # type: ignore[type-abstract]
+    return ready(folder, Segmenter)  # type: ignore[type-abstract]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,10 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = read_source(options.config)
     real = source if options.real_config is None else read_source(options.real_config)
     synthetic = SyntheticSet(options.set)
+    extractor = inception(options.inception) or EncoderFeatures(encoder)
     figures = measure(
         synthetic,
         real.dataset(options.split),
-        inception(options.inception) or EncoderFeatures(encoder),
+        extractor.to(encoder.device),
         judge,
         anchor,
         real.dataset(options.mode_split or options.split),

@@ -19,7 +19,7 @@ from methods.method import PROBE
 from methods.mined import NoiseMode, draw, propose
 from networks.gaussian import ShiftedGaussian
 from networks.miner import Miner
-from networks.pretrained import load_pretrained
+from networks.pretrained import frozen, load_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.nativeness import controlled_beta, next_log_beta, overlap, score_function
@@ -142,9 +142,9 @@ class MinerLitModule(SynthesisLitModule):
             raise InputError("model.elites and model.scorer: choose one of the two")
         self.started = weights is not None
         self.method = Mined(network, noise, keep_norm)
-        self.reference = _frozen(reference, Segmenter)  # type: ignore[type-abstract]
-        self.scorer = _frozen(scorer, Scorer)
-        self.others = torch.nn.ModuleList(load_pretrained(other, Miner).freeze() for other in others)
+        self.reference = None if reference is None else frozen(reference, Segmenter)  # type: ignore[type-abstract]
+        self.scorer = None if scorer is None else frozen(scorer, Scorer)
+        self.others = torch.nn.ModuleList(frozen(other, Miner) for other in others)
         self.reducible = reducible
         self.transform: Transform = transform
         self.kappa_up = kappa_up
@@ -286,7 +286,3 @@ class MinerLitModule(SynthesisLitModule):
     def configure_optimizers(self) -> Any:
         """Build the optimiser of the miner's parameters."""
         return self.optimizer(list(self.miner.parameters()))
-
-
-def _frozen(folder: str | None, kind: Any) -> Any:
-    return None if folder is None else load_pretrained(folder, kind).freeze()

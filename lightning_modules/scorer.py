@@ -20,7 +20,7 @@ from lightning_modules.checks import check_checkpoint, check_image_set, check_tr
 from lightning_modules.synthesis import CALIBRATION_SEED, SynthesisLitModule
 from methods.method import PROBE
 from methods.seed_scorer import SeedScorer
-from networks.pretrained import load_pretrained
+from networks.pretrained import frozen, load_pretrained
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS, Transform, reducible
@@ -95,11 +95,7 @@ class ScorerLitModule(SynthesisLitModule):
             raise InputError(f"model.glance {glance}: choose at least 1 call of the backbone, or 0")
         self.started = weights is not None
         self.method = SeedScorer(network, n)
-        self.reference = (
-            load_pretrained(reference, Segmenter).freeze()  # type: ignore[type-abstract]
-            if reference
-            else None
-        )
+        self.reference = None if reference is None else frozen(reference, Segmenter)  # type: ignore[type-abstract]
         self.transform: Transform = transform
         self.reducible = reducible
         self.glance = glance

@@ -14,7 +14,7 @@ from diffusion.sampler import SIGNAL, Sampler
 from errors import InputError
 from lightning_modules.checks import check_image_set
 from methods import Method, Preparation, Request
-from networks.pretrained import load_pretrained
+from networks.pretrained import frozen
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS
 
@@ -66,8 +66,8 @@ class SynthesisLitModule(L.LightningModule):
             raise InputError(f"model.steps {steps}: choose 1 to 1000 DDIM steps")
         if reward not in REWARDS:
             raise InputError(f"model.reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
-        self.backbone = load_pretrained(backbone, Backbone).freeze()  # type: ignore[type-abstract]
-        self.anchor = load_pretrained(anchor, Segmenter).freeze()  # type: ignore[type-abstract]
+        self.backbone = frozen(backbone, Backbone)  # type: ignore[type-abstract]
+        self.anchor = frozen(anchor, Segmenter)  # type: ignore[type-abstract]
         self.method = method
         self.reward_name = reward
         self.seed = seed

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from errors import InputError
 from methods.method import Method, Request
-from networks.pretrained import load_pretrained
+from networks.pretrained import frozen
 from networks.segmenter import Segmenter
 from objectives.nativeness import best_of_n_kl
 from objectives.rewards import REWARDS, Transform, reducible
@@ -85,11 +85,7 @@ class BestOfN(Method):
         self.calls = calls
         self.reward = reward
         self.cap = cap
-        self.reference = (
-            load_pretrained(reference, Segmenter).freeze()  # type: ignore[type-abstract]
-            if isinstance(reference, str)
-            else reference
-        )
+        self.reference = None if reference is None else frozen(reference, Segmenter)  # type: ignore[type-abstract]
         self.reducible = reducible
         self.transform: Transform = transform
 

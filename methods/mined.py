@@ -8,7 +8,7 @@ from torch import Tensor
 from methods.method import FRESH, PROBE, Method, Request
 from networks.gaussian import ShiftedGaussian
 from networks.miner import Miner
-from networks.pretrained import load_pretrained
+from networks.pretrained import frozen
 from objectives.nativeness import preserve_norm
 
 NoiseMode = Literal["fresh", "paired"]
@@ -40,7 +40,7 @@ class Mined(Method):
 
     def __init__(self, miner: str | Miner, noise: NoiseMode = "fresh", keep_norm: bool = False) -> None:
         super().__init__()
-        self.miner = miner if isinstance(miner, Miner) else load_pretrained(miner, Miner).freeze()
+        self.miner = frozen(miner, Miner)
         self.noise: NoiseMode = noise
         self.keep_norm = keep_norm
 

@@ -87,18 +87,18 @@ class P2P(Method):
         Notes ``perturbation``, the largest change of the condition, and ``success_t``, the t of the
         success that was kept, −1 without any.
         """
-        condition = request.condition
-        start = pack(condition, len(request.mask))
-        if not start.shape[1]:
+        condition, own = request.condition, _own(request)
+        if not any(own):
             raise InputError(
                 f"p2p: {type(request.sampler.backbone).__name__} is conditioned on nothing of floating point "
                 "that each sample has its own of, so there is nothing to optimise; choose another method"
             )
-        chosen, t = self._optimise(request, start)
-        image = request.sampler.sample(request.noise.draw(PROBE), unpack(chosen, condition))
+        start = pack(condition, own)
+        chosen, t = self._optimise(request, start, own)
+        image = request.sampler.sample(request.noise.draw(PROBE), unpack(chosen, condition, own))
         return image, {"perturbation": (chosen - start).abs().amax(1), "success_t": t}
 
-    def _optimise(self, request: Request, start: Tensor) -> tuple[Tensor, Tensor]:
+    def _optimise(self, request: Request, start: Tensor, own: list[bool]) -> tuple[Tensor, Tensor]:
         """Return the kept conditions, packed, and the t of their success, −1 without any."""
         backbone = request.sampler.backbone
         max_t = min(self.max_t, len(backbone.alphas_cumprod))
@@ -115,7 +115,7 @@ class P2P(Method):
             t = request.noise.integers(max_t, OWN + 2 * i)
             x_t = add_noise(latent, request.noise.draw(OWN + 2 * i + 1), backbone.alpha_bar(t))
             weight = self.mse_weight * (kept_t < max_t)
-            gradient, dice, mse = self._attempt(request, current, x_t, t, base, weight)
+            gradient, dice, mse = self._attempt(request, current, own, x_t, t, base, weight)
             closer = (t < kept_t) | ((t == kept_t) & (mse < kept_mse))
             better = (dice >= self.success) & closer
             kept = torch.where(better.unsqueeze(1), current, kept)
@@ -127,13 +127,20 @@ class P2P(Method):
         return torch.where(succeeded.unsqueeze(1), kept, current), torch.where(succeeded, kept_t, -1)
 
     def _attempt(
-        self, request: Request, flat: Tensor, x_t: Tensor, t: Tensor, base: Tensor, weight: Tensor
+        self,
+        request: Request,
+        flat: Tensor,
+        own: list[bool],
+        x_t: Tensor,
+        t: Tensor,
+        base: Tensor,
+        weight: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the objective's gradient in the condition, and soft Dice loss and pixel error of x̂_0."""
         seen: dict[str, Tensor] = {}
 
         def objective(values: Tensor) -> Tensor:
-            epsilon = request.sampler.epsilon(x_t, t, unpack(values, request.condition))
+            epsilon = request.sampler.epsilon(x_t, t, unpack(values, request.condition, own))
             image = estimated_image(request.sampler, x_t, epsilon, t)
             logits = request.anchor(image).float()
             mse = F.mse_loss(image, base, reduction="none").flatten(1).mean(1)
@@ -144,29 +151,38 @@ class P2P(Method):
         return gradient, seen["dice"], seen["mse"]
 
 
-def _is_own(leaf: Any, batch: int) -> bool:
-    """Whether a leaf of a condition is a float tensor with an entry for each sample."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0 and len(leaf) == batch
+def own_leaves(condition: Any, batch: int) -> list[bool]:
+    """Return which leaves of a nested condition are float tensors with an entry for each of B samples."""
+    return [
+        isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0 and len(leaf) == batch
+        for leaf in tree_leaves(condition)
+    ]
 
 
-def pack(condition: Any, batch: int) -> Tensor:
-    """Return all that a nested condition has of floating point for each sample, float32 ``(B, N)``.
+def _own(request: Request) -> list[bool]:
+    """Return :func:`own_leaves` of a request, told apart on two samples: one may have what all share."""
+    rows = torch.zeros(2, dtype=torch.long, device=request.mask.device)
+    return own_leaves(request.sampler.backbone.condition(request.mask[rows], request.image[rows]), 2)
+
+
+def pack(condition: Any, own: list[bool]) -> Tensor:
+    """Return what a nested condition has of floating point for each sample, float32 ``(B, N)``, N above 0.
 
     Args:
         condition: a tensor, or dicts, tuples and lists of tensors.
-        batch: B; a tensor whose first dimension is another is shared by samples and left out.
+        own: which of its leaves are the samples' own (:func:`own_leaves`); the others are shared.
     """
-    own = [leaf.reshape(batch, -1).float() for leaf in tree_leaves(condition) if _is_own(leaf, batch)]
-    return torch.cat(own, dim=1) if own else torch.zeros(batch, 0)
+    leaves = [leaf for leaf, mine in zip(tree_leaves(condition), own, strict=True) if mine]
+    return torch.cat([leaf.reshape(len(leaf), -1).float() for leaf in leaves], dim=1)
 
 
-def unpack(flat: Tensor, condition: Any) -> Any:
+def unpack(flat: Tensor, condition: Any, own: list[bool]) -> Any:
     """Return a condition with the values of ``flat`` ``(B, N)`` where :func:`pack` read them."""
-    offset = 0
+    offset, flags = 0, iter(own)
 
     def fill(leaf: Any) -> Any:
         nonlocal offset
-        if not _is_own(leaf, len(flat)):
+        if not next(flags):
             return leaf
         size = leaf[0].numel()
         values = flat[:, offset : offset + size].reshape(leaf.shape)

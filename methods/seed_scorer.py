@@ -7,7 +7,7 @@ from errors import InputError
 from methods.method import Method, Request
 from methods.mined import draw, propose
 from networks.miner import Miner
-from networks.pretrained import load_pretrained
+from networks.pretrained import frozen
 from networks.scorer import Scorer
 from objectives.nativeness import best_of_n_kl
 
@@ -45,10 +45,10 @@ class SeedScorer(Method):
             raise InputError(f"n {n}: choose at least 1 proposal")
         if not 0 <= quantile <= 1:
             raise InputError(f"quantile {quantile}: must be between 0 and 1")
-        self.scorer = scorer if isinstance(scorer, Scorer) else load_pretrained(scorer, Scorer).freeze()
+        self.scorer = frozen(scorer, Scorer)
         self.n = n
         self.rank = round(quantile * (n - 1))
-        self.miner = load_pretrained(miner, Miner).freeze() if isinstance(miner, str) else miner
+        self.miner = None if miner is None else frozen(miner, Miner)
         self.keep_norm = keep_norm
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:

@@ -113,6 +113,15 @@ def load_pretrained(folder: str | Path, kind: type[P]) -> P:
     return network
 
 
+def frozen(given: str | Path | P, kind: type[P]) -> P:
+    """Return a network as it is given, or the one that a folder holds, frozen.
+
+    Raises:
+        InputError: see :func:`load_pretrained`.
+    """
+    return load_pretrained(given, kind).freeze() if isinstance(given, str | Path) else given
+
+
 def save_pretrained(network: Pretrained, folder: str | Path, facts: dict[str, Any]) -> None:
     """Write a network, and ``training.json`` with facts about it, to a folder that is whole or absent."""
     folder = Path(folder)

@@ -19,7 +19,7 @@ from methods.guidance import AdversarialGuidance, guided_epsilon
 from methods.guided import estimated_image, pgd_step
 from methods.initno import InitNO, distribution, within_kl
 from methods.method import OWN, PROBE
-from methods.p2p import P2P, pack, unpack
+from methods.p2p import P2P, own_leaves, pack, unpack
 from networks import Segmenter
 from objectives.nativeness import best_of_n_kl
 
@@ -44,11 +44,12 @@ class Gaussian(Backbone):
 
     def condition(self, mask, image=None):
         """Nested, with parts that are shared by samples or are no floats."""
-        return {"mask": mask.unsqueeze(1).float(), "classes": mask, "rest": (torch.tensor(0.6), None)}
+        shared = torch.tensor(0.6), torch.ones(1, 2), None
+        return {"mask": mask.unsqueeze(1).float(), "classes": mask, "rest": shared}
 
     def epsilon(self, x_t, t, condition):
         alpha_bar = self.alpha_bar(t)
-        mean = condition["rest"][0] * (condition["mask"] - 0.5)
+        mean = condition["rest"][0] * (condition["mask"] - 0.5) * condition["rest"][1].mean()
         variance = 0.16 * alpha_bar + 1 - alpha_bar
         return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mean) / variance
 
@@ -489,9 +490,10 @@ def test_pack_reads_the_floats_that_each_sample_has_of_its_own():
         "b": [torch.arange(3), (torch.ones(3, dtype=torch.float64), torch.ones(2, 3)), None],
         "c": torch.tensor(0.5),
     }
-    flat = pack(condition, 3)
+    own = own_leaves(condition, 3)
+    flat = pack(condition, own)
     assert torch.equal(flat, torch.cat([torch.arange(12.0).view(3, 4), torch.ones(3, 1)], 1))
-    back = unpack(flat + 1, condition)
+    back = unpack(flat + 1, condition, own)
     assert torch.equal(back["a"], condition["a"] + 1)
     assert torch.equal(back["b"][1][0], torch.full((3,), 2.0, dtype=torch.float64))
     assert back["b"][0] is condition["b"][0]
@@ -500,9 +502,9 @@ def test_pack_reads_the_floats_that_each_sample_has_of_its_own():
     assert back["c"] is condition["c"]
     assert isinstance(back["b"], list)
     assert isinstance(back["b"][1], tuple)
-    assert pack(torch.arange(3), 3).shape == (3, 0)
+    assert own_leaves(torch.arange(3), 3) == [False]
     tensor = torch.rand(3, 1, 4, 4)
-    assert torch.equal(unpack(pack(tensor, 3), tensor), tensor)
+    assert torch.equal(unpack(pack(tensor, [True]), tensor, [True]), tensor)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -576,23 +578,24 @@ def test_p2p_prefers_the_closer_image_at_equal_t():
 
 def test_p2p_heeds_the_pixel_error_after_a_success():
     request = make_request()
-    base, flat = base_of(request), pack(request.condition, 3)
+    base, own = base_of(request), own_leaves(request.condition, 3)
+    flat = pack(request.condition, own)
     t = torch.tensor([5, 20, 40])
     x_t = base + 0.1 * request.noise.draw(OWN)
 
     def error(values):
-        image = estimate_of(request, x_t, t, unpack(values, request.condition)).clamp(-1, 1)
+        image = estimate_of(request, x_t, t, unpack(values, request.condition, own)).clamp(-1, 1)
         return (image - base).square().mean((1, 2, 3)).sum()
 
     weights = torch.zeros(3), torch.tensor([0.0, 1.0, 5.0])
-    plain, weighted = (P2P()._attempt(request, flat, x_t, t, base, weight)[0] for weight in weights)
+    plain, weighted = (P2P()._attempt(request, flat, own, x_t, t, base, weight)[0] for weight in weights)
     expected = weights[1].unsqueeze(1) * slope(error, flat)
     assert expected[1:].abs().amax(1).min() > 1e-6
     assert torch.allclose(plain - weighted, expected, rtol=1e-3, atol=1e-8)
     for success, alike in ((1.0, True), (0.0, False)):
-        start, settings = pack(request.condition, 3), {"epsilon": 1.0, "lr": 0.05, "iterations": 8}
+        start, settings = flat, {"epsilon": 1.0, "lr": 0.05, "iterations": 8}
         kept = [
-            P2P(success=success, mse_weight=weight, **settings)._optimise(request, start)[0]
+            P2P(success=success, mse_weight=weight, **settings)._optimise(request, start, own)[0]
             for weight in (0.0, 1e4)
         ]
         assert torch.equal(*kept) == alike
