@@ -11,3 +11,9 @@ class InputError(SystemExit):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"error: {message}")
+
+
+def require(fits: bool, argument: str, value: object, fix: str) -> None:
+    """Raise :class:`InputError` naming an argument, its value and the fix, unless the value fits."""
+    if not fits:
+        raise InputError(f"{argument} {value!r}: {fix}")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from callbacks.paths import in_run
 from errors import InputError
+from files import put_in_place
 
 
 def save_png(image: np.ndarray | Image.Image, path: Path) -> None:
@@ -70,6 +71,4 @@ class FolderWriter(BasePredictionWriter, ABC):
 
     def publish(self) -> None:
         """Move what was written to its place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self.partial, self.folder)
+        put_in_place(self.partial, self.folder)

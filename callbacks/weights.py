@@ -1,7 +1,6 @@
 """Hand a stage's result on: a folder of weights, config.json + safetensors."""
 
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from callbacks.paths import in_run
 from errors import InputError
+from files import beside, put_in_place
 from networks.pretrained import save_pretrained
 
 
@@ -86,11 +86,9 @@ class ExportWeights(Callback):
             return
         folder, kept = in_run(trainer, self.folder), self._best_folder(trainer)
         if self.monitor is not None and kept.exists():
-            partial = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = beside(folder)
             shutil.copytree(kept, partial)  # kept stays: a finished run that is resumed exports it again
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
+            put_in_place(partial, folder)
         else:
             self._write(trainer, pl_module, folder)
 

@@ -1,6 +1,5 @@
 """Plain samples for training the seed scorer: a synthetic set made without any method."""
 
-import json
 from typing import Any
 
 import lightning as L
@@ -71,7 +70,7 @@ class ScoredDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the set."""
         samples = SyntheticSet(self.plain)
-        made = json.loads((samples.folder / "dataset.json").read_text())
+        made = samples.made
         if made["method"] != "base":
             raise InputError(
                 f"{self.plain}: was made by {made['method']}; the scorer learns from plain samples: "

@@ -78,7 +78,7 @@ def noises(plain: SyntheticSet, sampler: Sampler, anchor: Segmenter, reward: str
     Raises:
         InputError: the set was not made by Base, or by another backbone.
     """
-    made = json.loads((plain.folder / "dataset.json").read_text())
+    made = plain.made
     if made["method"] != "base":
         raise InputError(f"{plain.folder}: was made by {made['method']}; give a set of the method Base")
     if made["weights"]["backbone"] != sampler.backbone.fingerprint():
@@ -95,7 +95,7 @@ def noises(plain: SyntheticSet, sampler: Sampler, anchor: Segmenter, reward: str
 
 def reward_of(plain: SyntheticSet) -> str:
     """Return the reward that a set's manifest names."""
-    return str(json.loads((plain.folder / "dataset.json").read_text())["reward"])
+    return str(plain.made["reward"])
 
 
 @torch.no_grad()

@@ -160,8 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     synthetic = SyntheticSet(options.set)
     figures = measure_gain(synthetic, source.dataset(options.split), anchor, options.loss, options.gamma)
-    made = json.loads((synthetic.folder / "dataset.json").read_text())
-    facts = {key: made[key] for key in ("method", "backbone", "seed")}
+    facts = {key: synthetic.made[key] for key in ("method", "backbone", "seed")}
     facts |= {"split": options.split, "anchor": f"{type(anchor).__name__} {anchor.fingerprint()[:8]}"}
     write_atomically(options.output, json.dumps(facts | figures) + "\n")
     whole = figures["all"]["set"]

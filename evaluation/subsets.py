@@ -14,6 +14,7 @@ from typing import Any
 
 from datamodules.sources.synthetic import SyntheticSet
 from errors import InputError
+from files import beside, put_in_place
 
 
 def subset(entries: Sequence[Mapping[str, Any]], tau: float, key: str = "value") -> list[int]:
@@ -72,12 +73,10 @@ def write_subset(
     if not kept:
         highest = max((entry[key] for entry in source.entries), default=math.nan)
         raise InputError(f"{folder}: no {key} is above {tau:g}, the highest is {highest:g}; lower tau")
-    made = json.loads((source.folder / "dataset.json").read_text())
     chosen = {"set": str(folder), "key": key, "tau": tau, "control": control, "of": len(source)}
-    made |= {"n": len(kept), "subset": [*made.get("subset", []), chosen]}
+    made = source.made | {"n": len(kept), "subset": [*source.made.get("subset", []), chosen]}
 
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = beside(output)
     for entry in kept:
         for kind in ("image", "mask"):
             _link(source.folder / entry[kind], partial / entry[kind])
@@ -88,8 +87,7 @@ def write_subset(
     lines = [entry | _cost_of_choosing(entry, made_for_one) for entry in kept]
     (partial / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (partial / "dataset.json").write_text(json.dumps(made, indent=2) + "\n")
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(partial, output)
+    put_in_place(partial, output)
     return len(kept)
 
 

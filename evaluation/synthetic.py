@@ -63,7 +63,7 @@ def measure(
         ``samples`` holds ``mask_fidelity``, ``rewards`` and ``mode`` of each sample. Where the set has its
         initial noise: ``noise``, its farthest departure from N(0, I) by statistic (:func:`noise_figures`).
     """
-    made = json.loads((synthetic.folder / "dataset.json").read_text())
+    made = synthetic.made
     values = [entry["value"] for entry in synthetic.entries]
     divergences = [entry["kl"] for entry in synthetic.entries]
     real_features, features = features_of(real, extractor), features_of(synthetic, extractor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules.sources import Source
 from diffusion.sampler import SIGNAL, GradientMode
-from errors import InputError
+from errors import InputError, require
 from lightning_modules.checks import check_checkpoint, check_image_set, check_trained
 from lightning_modules.synthesis import SynthesisLitModule
 from methods import Base, Mined, Request
@@ -113,10 +113,9 @@ class MinerLitModule(SynthesisLitModule):
                 f"model.weights {weights}: holds another architecture than model.miner "
                 f"({network.settings()}, not {miner.settings()}); set model.miner to match, or leave it out"
             )
-        if not 1 <= truncate <= steps:
-            raise InputError(f"model.truncate {truncate}: choose 1 to {steps} of the {steps} model.steps")
-        if glance < 0:
-            raise InputError(f"model.glance {glance}: choose at least 1 call of the backbone, or 0")
+        fix = f"choose 1 to {steps} of the {steps} model.steps"
+        require(1 <= truncate <= steps, "model.truncate", truncate, fix)
+        require(glance >= 0, "model.glance", glance, "choose at least 1 call of the backbone, or 0")
         if network.channels != channels:
             raise InputError(
                 f"model.miner: shifts noise of {network.channels} channels, that of {backbone} has "
@@ -127,12 +126,12 @@ class MinerLitModule(SynthesisLitModule):
                 f"model.miner: reads masks of {network.num_classes} classes, {backbone} has "
                 f"{self.backbone.num_classes}; set its num_classes to match, or to 0 to read no mask"
             )
-        if kl_budget is not None and kl_budget <= 0:
-            raise InputError(f"model.kl_budget {kl_budget}: must be a positive number of nats, or null")
-        if beta < 0 or (beta == 0 and kl_budget is not None):
-            raise InputError(f"model.beta {beta}: must be positive under a kl_budget, and never negative")
-        if elites == 1 or elites < 0:
-            raise InputError(f"model.elites {elites}: choose at least 2 draws to select from, or 0")
+        budgeted = kl_budget is not None
+        fix = "must be a positive number of nats, or null"
+        require(kl_budget is None or kl_budget > 0, "model.kl_budget", kl_budget, fix)
+        fix = "must be positive under a kl_budget, and never negative"
+        require(beta > 0 or (beta == 0 and not budgeted), "model.beta", beta, fix)
+        require(elites == 0 or elites >= 2, "model.elites", elites, "choose at least 2 draws, or 0")
         if gradient == "score_function" and noise == "paired":
             raise InputError(
                 "model.gradient score_function needs model.noise fresh: with paired noise the shift itself "

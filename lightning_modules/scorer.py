@@ -15,7 +15,7 @@ from datamodules.sources.source import Source
 from datamodules.streams import item_generator
 from diffusion.noise import NoiseStream
 from diffusion.sampler import SIGNAL
-from errors import InputError
+from errors import InputError, require
 from lightning_modules.checks import check_checkpoint, check_image_set, check_trained
 from lightning_modules.synthesis import CALIBRATION_SEED, SynthesisLitModule
 from methods.method import PROBE
@@ -91,8 +91,7 @@ class ScorerLitModule(SynthesisLitModule):
                 f"model.scorer: reads {network.channels} channels and {network.num_classes} classes, "
                 f"{backbone} has {channels} and {self.backbone.num_classes}; set them to match"
             )
-        if glance < 0:
-            raise InputError(f"model.glance {glance}: choose at least 1 call of the backbone, or 0")
+        require(glance >= 0, "model.glance", glance, "choose at least 1 call of the backbone, or 0")
         self.started = weights is not None
         self.method = SeedScorer(network, n)
         self.reference = None if reference is None else frozen(reference, Segmenter)  # type: ignore[type-abstract]

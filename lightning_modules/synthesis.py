@@ -11,12 +11,12 @@ from datamodules.sources import Source
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import SIGNAL, Sampler
-from errors import InputError
+from errors import InputError, require
 from lightning_modules.checks import check_image_set
 from methods import Method, Preparation, Request
 from networks.pretrained import frozen
 from networks.segmenter import Segmenter
-from objectives.rewards import REWARDS
+from objectives.rewards import REWARDS, require_reward
 
 CALIBRATION_SEED = 2**33
 """Keeps the noise of calibration apart from that of synthesis at any seed below."""
@@ -60,12 +60,9 @@ class SynthesisLitModule(L.LightningModule):
         signal: float = SIGNAL,
     ) -> None:
         super().__init__()
-        if not 0 < signal < 1:
-            raise InputError(f"model.signal {signal}: choose an ᾱ between 0 and 1, such as {SIGNAL}")
-        if not 1 <= steps <= 1000:
-            raise InputError(f"model.steps {steps}: choose 1 to 1000 DDIM steps")
-        if reward not in REWARDS:
-            raise InputError(f"model.reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
+        require(0 < signal < 1, "model.signal", signal, f"choose an ᾱ between 0 and 1, such as {SIGNAL}")
+        require(1 <= steps <= 1000, "model.steps", steps, "choose 1 to 1000 DDIM steps")
+        require_reward(reward, "model.reward")
         self.backbone = frozen(backbone, Backbone)  # type: ignore[type-abstract]
         self.anchor = frozen(anchor, Segmenter)  # type: ignore[type-abstract]
         self.method = method

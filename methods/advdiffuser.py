@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.schedule import add_noise, predict_x0
-from errors import InputError
-from methods.guided import base_latent, pgd_step, require, require_reward
+from errors import InputError, require
+from methods.guided import base_latent, pgd_step
 from methods.method import OWN, PROBE, Method, Request, gradient_of
 from networks.segmenter import Segmenter
+from objectives.rewards import require_reward
 
 
 class AdvDiffuser(Method):

@@ -5,12 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, require
 from methods.method import Method, Request
 from networks.pretrained import frozen
 from networks.segmenter import Segmenter
 from objectives.nativeness import best_of_n_kl
-from objectives.rewards import REWARDS, Transform, reducible
+from objectives.rewards import REWARDS, Transform, reducible, require_reward
 
 
 def preference(reward: Tensor, cap: float | None) -> Tensor:
@@ -62,18 +62,12 @@ class BestOfN(Method):
         transform: Transform = "log",
     ) -> None:
         super().__init__()
-        if n < 1:
-            raise InputError(f"n {n}: must be at least 1 proposal a mask")
-        if by not in ("sample", "estimate", "glance"):
-            raise InputError(f"by {by!r}: is unknown; choose sample, estimate or glance")
-        if truncate < 1:
-            raise InputError(f"truncate {truncate}: must be at least 1 call of the backbone")
-        if calls < 1:
-            raise InputError(f"calls {calls}: must be at least 1 call of the backbone, better 2")
-        if reward not in REWARDS:
-            raise InputError(f"reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
-        if cap is not None and cap < 0:
-            raise InputError(f"cap {cap}: must be at least 0, since no reward is negative; null has no cap")
+        require(n >= 1, "n", n, "must be at least 1 proposal a mask")
+        require(by in ("sample", "estimate", "glance"), "by", by, "choose sample, estimate or glance")
+        require(truncate >= 1, "truncate", truncate, "must be at least 1 call of the backbone")
+        require(calls >= 1, "calls", calls, "must be at least 1 call of the backbone, better 2")
+        require_reward(reward)
+        require(cap is None or cap >= 0, "cap", cap, "must be at least 0, as rewards are; null has no cap")
         if cap is not None and reference is not None:
             raise InputError(
                 "cap and reference: choose one; a reference bars what nobody can learn by itself"

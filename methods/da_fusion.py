@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from errors import InputError
+from errors import require
 from methods.method import OWN, Request
 from methods.sdedit import SDEdit
 
@@ -35,8 +35,7 @@ class DAFusion(SDEdit):
 
     def __init__(self, strengths: Sequence[float] = (0.25, 0.5, 0.75, 1.0), mixup: float = 0.5) -> None:
         super().__init__(strengths)
-        if mixup < 0:
-            raise InputError(f"mixup {mixup}: must be at least 0; 0 does not mix")
+        require(mixup >= 0, "mixup", mixup, "must be at least 0; 0 does not mix")
         self.mixup = mixup
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:

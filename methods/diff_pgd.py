@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.schedule import add_noise
-from errors import InputError
-from methods.guided import pgd_step, require, require_reward
+from errors import InputError, require
+from methods.guided import pgd_step
 from methods.method import OWN, PROBE, Method, Request, gradient_of
+from objectives.rewards import require_reward
 
 
 class DiffPGD(Method):

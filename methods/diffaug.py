@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from diffusion.schedule import add_noise, predict_x0
-from errors import InputError
+from errors import require
 from methods.method import OWN, PROBE, Method, Request
 
 TIME, NOISE = OWN + 4_000, OWN + 4_001
@@ -30,8 +30,7 @@ class DiffAug(Method):
     def __init__(self, a: float = 2.0, b: float = 4.0) -> None:
         super().__init__()
         for key, value in (("a", a), ("b", b)):
-            if value <= 0:
-                raise InputError(f"{key} {value}: a parameter of Beta(a, b) must be above 0")
+            require(value > 0, key, value, "a parameter of Beta(a, b) must be above 0")
         self.a = a
         self.b = b
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from errors import InputError
+from errors import InputError, require
 from methods.method import Method, Preparation, Request
 from networks.segmenter import Segmenter
 from objectives.gradients import cosine, last_parameters, parameter_gradient
@@ -45,16 +45,11 @@ class GAL(Method):
         batch_size: int = 8,
     ) -> None:
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise InputError(f"momentum {momentum}: must lie in [0, 1), such as 0.1")
-        if not -1 <= threshold <= 1:
-            raise InputError(f"threshold {threshold}: is compared with a cosine; choose -1 to 1")
-        if tries < 0:
-            raise InputError(f"tries {tries}: must be at least 0 redraws")
-        if parameters not in ("all", "last"):
-            raise InputError(f"parameters {parameters!r}: is unknown; choose all or last")
-        if batch_size < 1:
-            raise InputError(f"batch_size {batch_size}: must be at least 1 real image")
+        require(0 <= momentum < 1, "momentum", momentum, "must lie in [0, 1), such as 0.1")
+        require(-1 <= threshold <= 1, "threshold", threshold, "is compared with a cosine; choose -1 to 1")
+        require(tries >= 0, "tries", tries, "must be at least 0 redraws")
+        require(parameters in ("all", "last"), "parameters", parameters, "is unknown; choose all or last")
+        require(batch_size >= 1, "batch_size", batch_size, "must be at least 1 real image")
         self.momentum = momentum
         self.threshold = threshold
         self.tries = tries

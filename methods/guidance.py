@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from diffusion.schedule import add_noise, predict_x0
-from methods.guided import estimated_image, require, require_reward
+from errors import require
+from methods.guided import estimated_image
 from methods.method import PROBE, Method, Request, gradient_of
+from objectives.rewards import require_reward
 
 
 class AdversarialGuidance(Method):

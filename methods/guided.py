@@ -5,20 +5,7 @@ from torch import Tensor
 
 from diffusion.sampler import Sampler
 from diffusion.schedule import predict_x0
-from errors import InputError
 from methods.method import PROBE, Request
-from objectives.rewards import REWARDS
-
-
-def require(fits: bool, argument: str, value: object, fix: str) -> None:
-    """Raise :class:`InputError` naming an argument, its value and the fix, unless the value fits."""
-    if not fits:
-        raise InputError(f"{argument} {value!r}: {fix}")
-
-
-def require_reward(name: str) -> None:
-    """Raise :class:`InputError` unless a reward is known."""
-    require(name in REWARDS, "reward", name, f"is unknown; choose {', '.join(REWARDS)}")
 
 
 def estimated_image(sampler: Sampler, x_t: Tensor, epsilon: Tensor, t: int | Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import require
 from methods.method import Method, Preparation, Request
-from objectives.rewards import REWARDS
+from objectives.rewards import require_reward
 
 
 class Hat(Method):
@@ -36,14 +36,10 @@ class Hat(Method):
         reward: str = "bounded_ce",
     ) -> None:
         super().__init__()
-        if not 0 < quantile < 1:
-            raise InputError(f"quantile {quantile}: must lie between 0 and 1, such as 0.95")
-        if tries < 1:
-            raise InputError(f"tries {tries}: must be at least 1; without retries use the method itself")
-        if calibration < 1:
-            raise InputError(f"calibration {calibration}: must be at least 1 sample, better 64")
-        if reward not in REWARDS:
-            raise InputError(f"reward {reward!r}: is unknown; choose {', '.join(REWARDS)}")
+        require(0 < quantile < 1, "quantile", quantile, "must lie between 0 and 1, such as 0.95")
+        require(tries >= 1, "tries", tries, "must be at least 1; without retries use the method itself")
+        require(calibration >= 1, "calibration", calibration, "must be at least 1 sample, better 64")
+        require_reward(reward)
         self.method = method
         self.name = f"{method.name}_hat"
         self.quantile = quantile

@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from methods.guided import estimated_image, require, require_reward
+from errors import require
+from methods.guided import estimated_image
 from methods.method import Method, Request, gradient_of
 from networks.gaussian import ShiftedGaussian
 from objectives.nativeness import best_of_n_kl
+from objectives.rewards import require_reward
 
 
 class InitNO(Method):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.schedule import add_noise
-from errors import InputError
+from errors import require
 from methods.method import OWN, PROBE, Method, Request
 
 KNOWN, JUMP = 10 * OWN, 11 * OWN
@@ -48,10 +48,8 @@ class Inpainting(Method):
 
     def __init__(self, dilate: int = 0, resample: int = 1) -> None:
         super().__init__()
-        if dilate < 0:
-            raise InputError(f"dilate {dilate}: must be at least 0 pixels")
-        if not 1 <= resample <= _MOST_CALLS:
-            raise InputError(f"resample {resample}: choose 1 (no jumps) to {_MOST_CALLS}")
+        require(dilate >= 0, "dilate", dilate, "must be at least 0 pixels")
+        require(1 <= resample <= _MOST_CALLS, "resample", resample, f"choose 1 (no jumps) to {_MOST_CALLS}")
         self.dilate = dilate
         self.resample = resample
 

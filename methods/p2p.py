@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffusion.schedule import add_noise
-from errors import InputError
-from methods.guided import base_latent, estimated_image, require, require_reward
+from errors import InputError, require
+from methods.guided import base_latent, estimated_image
 from methods.method import OWN, PROBE, Method, Request, gradient_of
-from objectives.rewards import REWARDS
+from objectives.rewards import REWARDS, require_reward
 
 
 class P2P(Method):

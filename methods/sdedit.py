@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from diffusion.schedule import add_noise
-from errors import InputError
+from errors import InputError, require
 from methods.method import OWN, PROBE, Method, Request, together
 
 STRENGTH = OWN + 3_000
@@ -39,8 +39,7 @@ class SDEdit(Method):
         if not self.strengths:
             raise InputError("strengths []: must hold at least one strength, such as [0.5]")
         for strength in self.strengths:
-            if not 0 < strength <= 1:
-                raise InputError(f"strengths {strength}: each must lie above 0 and be at most 1")
+            require(0 < strength <= 1, "strengths", strength, "each must lie above 0 and be at most 1")
 
     @staticmethod
     def _edit(request: Request, strength: float) -> Tensor:

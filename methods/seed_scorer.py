@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import require
 from methods.method import Method, Request
 from methods.mined import draw, propose
 from networks.miner import Miner
@@ -41,10 +41,8 @@ class SeedScorer(Method):
         keep_norm: bool = False,
     ) -> None:
         super().__init__()
-        if n < 1:
-            raise InputError(f"n {n}: choose at least 1 proposal")
-        if not 0 <= quantile <= 1:
-            raise InputError(f"quantile {quantile}: must be between 0 and 1")
+        require(n >= 1, "n", n, "choose at least 1 proposal")
+        require(0 <= quantile <= 1, "quantile", quantile, "must be between 0 and 1")
         self.scorer = frozen(scorer, Scorer)
         self.n = n
         self.rank = round(quantile * (n - 1))

@@ -3,8 +3,6 @@
 import hashlib
 import inspect
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -12,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from errors import InputError
+from files import beside, put_in_place
 
 
 class Pretrained(ModelMixin, ConfigMixin):
@@ -125,13 +124,11 @@ def frozen(given: str | Path | P, kind: type[P]) -> P:
 def save_pretrained(network: Pretrained, folder: str | Path, facts: dict[str, Any]) -> None:
     """Write a network, and ``training.json`` with facts about it, to a folder that is whole or absent."""
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = beside(folder)
     partial.mkdir(parents=True)
     network.save_pretrained(str(partial))
     (partial / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    put_in_place(partial, folder)
 
 
 def training_facts(folder: str | Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import require
+
 Reward = Callable[[Tensor, Tensor], Tensor]
 Transform = Literal["none", "log"]
 
@@ -64,6 +66,11 @@ def focal(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
 REWARDS: dict[str, Reward] = {
     reward.__name__: reward for reward in (ce, bounded_ce, balanced_ce, bounded_balanced_ce, dice, focal)
 }
+
+
+def require_reward(name: str, argument: str = "reward") -> None:
+    """Raise :class:`InputError` unless a reward is known."""
+    require(name in REWARDS, argument, name, f"is unknown; choose {', '.join(REWARDS)}")
 
 
 def reducible(reward: Tensor, reference: Tensor, weight: float, transform: Transform = "none") -> Tensor:

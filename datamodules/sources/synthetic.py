@@ -1,7 +1,9 @@
 """A synthesised set as it lies on disk: images/, masks/, manifest.jsonl, dataset.json."""
 
 import json
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +58,16 @@ class SyntheticSet(Dataset[Sample]):
             except OSError as error:
                 raise InputError(f"{file}: cannot be read ({error}); synthesise the set again") from None
         return arrays[0], arrays[1]
+
+    @cached_property
+    def made(self) -> dict[str, Any]:
+        """How the set was made: the content of its ``dataset.json``."""
+        try:
+            made: dict[str, Any] = json.loads((self.folder / "dataset.json").read_text())
+        except ValueError as error:
+            file = self.folder / "dataset.json"
+            raise InputError(f"{file}: cannot be read ({error}); synthesise the set again") from None
+        return made
 
     @property
     def shapes(self) -> set[tuple[int, int, int]]:

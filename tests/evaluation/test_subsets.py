@@ -115,6 +115,15 @@ def test_what_is_refused_stays_as_it_is(whole, tmp_path):
     assert files_of(tmp_path) == before
 
 
+def test_damaged_facts_are_named(whole, tmp_path):
+    (whole / "dataset.json").write_text('{"method": "mi')
+    with pytest.raises(
+        InputError, match=r"synthetic/dataset\.json: cannot be read .* synthesise the set again"
+    ):
+        write_subset(whole, tmp_path / "out", 0.3)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_copy_that_fails_leaves_no_set(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_link", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
