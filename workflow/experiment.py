@@ -33,8 +33,9 @@ def resolved(settings: Settings) -> Settings:
 
     Stages and methods are taken over one by one, and their settings too. A method that is new goes over what
     ``methods.yaml`` has under its name, or over the method that it names by ``like``. Of the methods in
-    ``embedding``, taken over, those remain that the extension has. ``data`` is a config file, of all stages
-    or of one; it comes after the first file of a stage, so that later ones go over it.
+    ``embedding``, ``highlight`` and ``sweeps``, taken over, those remain that the extension has. ``data`` is
+    a config file, of all stages or of one; it comes after the first file of a stage, so that later ones go
+    over it.
 
     ``{NAME}`` in an argument of a method is the folder of the segmenter that the arm NAME trains at its
     largest budget, ``{NAME_training}`` that of the network which the method NAME brings along.
@@ -105,13 +106,24 @@ def _merged(settings: Settings) -> Settings:
     methods: Settings = {}
     for name, own in (settings.get("methods") or there).items():
         methods[name] = _method(settings, name, own or {}, shipped | there | methods)
-    taken = {key: [name for name in base[key] if name in methods] for key in ("embedding",) if key in base}
+    taken = {
+        key: _remaining(base[key], methods) for key in ("embedding", "highlight", "sweeps") if base.get(key)
+    }
     stages = dict(base.get("stages", {}))
     for name, stage in settings.get("stages", {}).items():
         before = stages.get(name, {})
         stages[name] = before | stage
         stages[name]["arguments"] = before.get("arguments", {}) | stage.get("arguments", {})
     return base | taken | settings | {"stages": stages, "methods": methods}
+
+
+def _remaining(named: Any, methods: Settings) -> Any:
+    """Return what is left of methods that are named, singly, in a list or by numbers, where some are gone."""
+    if isinstance(named, dict):
+        return {key: found for key, inner in named.items() if (found := _remaining(inner, methods))}
+    if isinstance(named, list):
+        return [name for name in named if name in methods]
+    return named if named in methods else None
 
 
 def _method(settings: Settings, name: str, own: Settings, there: Settings) -> Settings:

@@ -9,6 +9,8 @@ BASE = {
     "data": "d.yaml",
     "methods": {"base": None, "mine": {"stage": "miner"}},
     "embedding": ["base", "mine"],
+    "highlight": "base",
+    "sweeps": {"n": {1: "base", 2: "mine"}, "m": {1: "base"}},
     "seeds": [0],
     "stages": {
         "segmenter": {"configs": ["s.yaml", "net.yaml"], "arguments": {"steps": 10, "size": 1}},
@@ -47,6 +49,7 @@ def test_an_extension_says_only_what_it_changes(base, tmp_path):
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(changes))
     more = read(tmp_path / "more.yaml")
     assert (more["name"], more["seeds"], more["embedding"]) == ("more", [0], ["mine"])
+    assert (more["highlight"], more["sweeps"]) == (None, {"n": {2: "mine"}})  # base is gone
     assert more["methods"] == {"mine": {"stage": "miner"}, "other": {"stage": "scorer"}}
     assert more["stages"]["segmenter"] == {
         "configs": ["s.yaml", "new.yaml", "net.yaml"],
