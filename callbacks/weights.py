@@ -63,9 +63,12 @@ class ExportWeights(Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget what an earlier run left, unless this one resumes it."""
+        """Forget what an earlier run left, unless this one resumes it; what it resumes may lie elsewhere."""
+        kept = self._best_folder(trainer)
         if trainer.is_global_zero and trainer.ckpt_path is None:  # the step is not restored yet
-            shutil.rmtree(self._best_folder(trainer), ignore_errors=True)
+            shutil.rmtree(kept, ignore_errors=True)
+        elif not kept.exists():
+            self.best = -math.inf
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the weights when the monitored metric is the best so far; NaN is worse than any number."""

@@ -411,16 +411,18 @@ def test_best_weights_are_exported(source, tmp_path, values, mode, best):
 def test_a_resumed_run_exports_the_best_of_both_parts(source, tmp_path):
     """Cut after its best epoch, and resumed once more when all is done."""
 
-    def run(fail_at=None, ckpt_path=None):
-        keep = keep_last(tmp_path / "kept")
+    def run(root=tmp_path, fail_at=None, ckpt_path=None):
+        keep = keep_last(root / "kept")
         callbacks = [Items(fail_at), ExportWeights(monitor="val/dsc"), keep]
-        trainer = make_trainer(tmp_path, max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
+        trainer = make_trainer(root, max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
         data = SegDataModule(source, batch_size=2, steps_per_epoch=2)
         trainer.fit(Given([0.5, 0.9, 0.6, 0.7]), data, ckpt_path=ckpt_path)
-        return exported_epoch(tmp_path)
+        return exported_epoch(root)
 
     with pytest.raises(RuntimeError, match="power cut"):
         run(fail_at=5)
+    last = (tmp_path / "kept" / "last.ckpt").resolve()
+    assert run(tmp_path / "elsewhere", ckpt_path=last) == 3  # the best that it has seen
     for _ in range(2):
         assert run(ckpt_path=tmp_path / "kept" / "last.ckpt") == 1
 
