@@ -23,6 +23,7 @@ SET_COLUMNS = {
     "precision": ("precision", 3, 1),
     "precision_base_modes": ("… at base's modes", 3, 1),
     "mask_fidelity": ("mask fidelity", 1, 1),
+    "mask_fidelity_hardest": ("… of the hardest quarter", 1, 1),
     "kl": ("KL, nats", 1, 1),
     "calls_per_image": ("calls", 0, 1),
 }

@@ -1,6 +1,7 @@
 """Read the folder of a run: settings, test scores, synthetic sets, training curves."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +28,9 @@ SET_KEYS = (
 
 MORE_SET_KEYS = (
     *("kid", "precision", "recall", "diversity", "vendi", "mask_fidelity", "judge", "rewards", "modes"),
-    *("calls_per_image", "noise", "precision_base_modes"),
+    *("calls_per_image", "noise", "precision_base_modes", "mask_fidelity_hardest"),
 )
-"""What it may hold beside; the last is added by :func:`with_precision_like_base`."""
+"""What it may hold; the last two are added by :func:`with_precision_like_base` and :func:`with_hardest`."""
 
 GAIN_KEYS = (
     *("loss", "gamma", "n"),
@@ -53,6 +54,19 @@ def own_budgets(method: dict[str, Any] | None, budgets: list[float]) -> list[flo
     """
     settings = method or {}
     return settings.get("budgets", [max(budgets)] if "subset" in settings else budgets)
+
+
+def with_hardest(one: dict[str, Any]) -> dict[str, Any]:
+    """Return a set's figures with the mask fidelity of its hardest quarter, the ⌈N/4⌉ of largest ``values``.
+
+    Whoever chooses hard samples gets those: where they no longer show their masks, hard is wrong.
+    """
+    fidelity = (one.get("samples") or {}).get("mask_fidelity")
+    if not fidelity:
+        return one
+    hardest = np.argsort(np.negative(one["values"]), kind="stable")[: math.ceil(len(fidelity) / 4)]
+    known = [fidelity[i] for i in hardest if fidelity[i] is not None]
+    return one | {"mask_fidelity_hardest": float(np.mean(known))} if known else one
 
 
 def with_precision_like_base(
@@ -180,8 +194,10 @@ class Run:
             [(arm, read_mapping(folder, f"{arm.folder}/test.json", json.loads, TEST_KEYS)) for arm in arms],
             with_precision_like_base(
                 {
-                    (m, s): read_mapping(folder, f"{place}/synthetic.json", json.loads, (*SET_KEYS, "values"))
-                    | {"method": m}
+                    (m, s): with_hardest(
+                        read_mapping(folder, f"{place}/synthetic.json", json.loads, (*SET_KEYS, "values"))
+                        | {"method": m}
+                    )
                     for (m, s), place in made.items()
                 }
             ),

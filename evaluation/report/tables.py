@@ -37,6 +37,7 @@ SET_COLUMNS = {
     "recall": "recall",
     "vendi": "Vendi",
     "mask_fidelity": "mask fidelity (%)",
+    "mask_fidelity_hardest": "… of the hardest quarter",
     "judge": "judge",
     "noise.norm": "noise norm",
     "noise.variance": "noise variance",

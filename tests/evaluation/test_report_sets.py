@@ -182,6 +182,18 @@ def test_precision_is_compared_at_the_modes_of_base(run, monkeypatch):
     }
 
 
+def test_mask_fidelity_of_the_hardest_quarter(run):
+    head = "… of the hardest quarter"
+    assert head not in synthetic_table(Run.read(run)).columns
+    values, fidelity = [0.1, 0.9, 0.3, 0.8, 0.2], [99.0, 50.0, 98.0, 70.0, None]
+    for seed in SEEDS:
+        describe(run, "base", seed, values=values, samples={"mask_fidelity": fidelity})
+        describe(run, "miner", seed, values=[0, 0, 0, 0, 1], samples={"mask_fidelity": [1, 2, None, 4, None]})
+        describe(run, "best_of_2", seed, values=[1, 1], samples={"mask_fidelity": [None, None]})
+    found = column(run, head)  # two of five; of the miner's the unknown one and, of equals, the first
+    assert found == {"base": "60.00 ± 0.00", "miner": "1.00 ± 0.00", "best_of_2": "–", "best_of_4": "–"}
+
+
 def features(run, method, synthetic, real):
     path = run / f"seed0/{method}/features.npz"
     np.savez(path, real=np.asarray(real, np.float32), synthetic=np.asarray(synthetic, np.float32))
