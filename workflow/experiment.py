@@ -31,11 +31,11 @@ def read(path: str | Path) -> Settings:
 def resolved(settings: Settings) -> Settings:
     """Return settings over those of the experiment that they extend, with nothing left to look up.
 
-    Stages and methods are taken over one by one, and their settings too. A method that is new goes over what
-    ``methods.yaml`` has under its name, or over the method that it names by ``like``. Of the methods in
-    ``embedding``, ``highlight`` and ``sweeps``, taken over, those remain that the extension has. ``data`` is
-    a config file, of all stages or of one; it comes after the first file of a stage, so that later ones go
-    over it.
+    Stages and methods are taken over one by one, and their settings too; null takes an argument of a stage
+    back. A method that is new goes over what ``methods.yaml`` has under its name, or over the method that it
+    names by ``like``. Of the methods in ``embedding``, ``highlight`` and ``sweeps``, taken over, those remain
+    that the extension has. ``data`` is a config file, of all stages or of one; it comes after the first file
+    of a stage, so that later ones go over it.
 
     ``{NAME}`` in an argument of a method is the folder of the segmenter that the arm NAME trains at its
     largest budget, ``{NAME_training}`` that of the network which the method NAME brings along.
@@ -113,7 +113,8 @@ def _merged(settings: Settings) -> Settings:
     for name, stage in settings.get("stages", {}).items():
         before = stages.get(name, {})
         stages[name] = before | stage
-        stages[name]["arguments"] = before.get("arguments", {}) | stage.get("arguments", {})
+        arguments = before.get("arguments", {}) | stage.get("arguments", {})
+        stages[name]["arguments"] = {key: value for key, value in arguments.items() if value is not None}
     return base | taken | settings | {"stages": stages, "methods": methods}
 
 

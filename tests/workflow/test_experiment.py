@@ -59,6 +59,11 @@ def test_an_extension_says_only_what_it_changes(base, tmp_path):
     assert again == more | {"name": "again", "extends": str(tmp_path / "more.yaml")}
 
 
+def test_null_takes_an_argument_of_a_stage_back(base):
+    more = resolved({"extends": base, "stages": {"segmenter": {"arguments": {"size": None, "depth": 3}}}})
+    assert more["stages"]["segmenter"]["arguments"] == {"steps": 10, "depth": 3}
+
+
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.yaml: does not exist"):
         resolved({"extends": str(tmp_path / "nowhere.yaml"), "name": "x"})
