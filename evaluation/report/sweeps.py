@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
 
 from evaluation.report.collect import REAL, Run
 from evaluation.report.statistics import Spread, set_spread, spread, summarise
@@ -22,7 +21,10 @@ SET_PANELS = {
 """Figures of a synthetic set that are drawn along a sweep: title and unit."""
 
 LOG_RATIO = 20
-"""From this ratio of the largest to the smallest number on, the axis is logarithmic."""
+"""From this ratio of the largest to the smallest number above 0 on, the axis is logarithmic."""
+
+FAR_OUT = 100
+"""KL divergences up to more nats than that have a logarithmic axis, which goes on to base's 0."""
 
 DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.2))
 
@@ -75,9 +77,16 @@ def _known(levels: dict[str, Spread]) -> dict[str, float]:
     return {arm: level.mean for arm, level in levels.items() if level.n}
 
 
-def is_logarithmic(numbers: Sequence[float]) -> bool:
-    """Return whether the numbers of a sweep are drawn on a logarithmic axis."""
-    return min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_RATIO
+def places_of(numbers: Sequence[float]) -> list[float]:
+    """Return where the numbers of a sweep, in ascending order, stand on their axis.
+
+    That is at themselves, or at their logarithms, 0 then a mean step below the next one.
+    """
+    above = [x for x in numbers if x > 0]
+    if len(above) < len(numbers) - (numbers[0] == 0) or not above or above[-1] / above[0] < LOG_RATIO:
+        return [float(x) for x in numbers]
+    places = [math.log(x) for x in above]
+    return places if numbers[0] else [places[0] - (places[-1] - places[0]) / (len(places) - 1), *places]
 
 
 @styled
@@ -102,10 +111,11 @@ def _sweep_figure(run: Run, label: str) -> str:
 
 def _draw(ax: Axes, panel: Panel, numbers: Sequence[float], arms: Sequence[str]) -> None:
     shades = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.8, len(panel.lines)))
+    places = places_of(numbers)
     for (name, line), shade in zip(panel.lines.items(), shades, strict=True):
         means, sd = [value.mean for value in line], np.nan_to_num([value.sd for value in line])
         ax.errorbar(
-            numbers,
+            places,
             means,
             sd,
             color=shade if len(panel.lines) > 1 else INK,
@@ -116,20 +126,18 @@ def _draw(ax: Axes, panel: Panel, numbers: Sequence[float], arms: Sequence[str])
         )
     for arm, level in panel.levels.items():
         ax.axhline(level, color=colour(arm, arms), lw=1.3, ls=DASHED if arm == REAL else DOTTED, label=arm)
-    if is_logarithmic(numbers):
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_locator(NullLocator())
-    ticks = _apart(numbers)
-    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    if panel.unit == "nats" and ax.get_ylim()[1] > FAR_OUT:
+        ax.set_yscale("symlog", linthresh=1)
+        ax.set_ylim(bottom=0)
+    ticks = _apart(places)
+    ax.set_xticks([places[i] for i in ticks], [f"{numbers[i]:g}" for i in ticks])
 
 
-def _apart(numbers: Sequence[float]) -> list[float]:
-    """Return the numbers whose names on the axis do not run into the one before; the last one always."""
-    scale = np.log if is_logarithmic(numbers) else np.asarray
-    places = scale(np.array(numbers, dtype=float))
+def _apart(places: Sequence[float]) -> list[int]:
+    """Return which numbers have names that do not run into the one before; the last one always."""
     least = 0.11 * (places[-1] - places[0])
-    kept = [len(numbers) - 1]
-    for i in reversed(range(len(numbers) - 1)):
+    kept = [len(places) - 1]
+    for i in reversed(range(len(places) - 1)):
         if places[kept[-1]] - places[i] >= least > 0:
             kept.append(i)
-    return [numbers[i] for i in reversed(kept)]
+    return kept[::-1]

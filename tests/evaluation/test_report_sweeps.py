@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import yaml
 from test_report import SEEDS, describe, make_run, skip_drawing, words
@@ -5,7 +7,7 @@ from test_report import SEEDS, describe, make_run, skip_drawing, words
 from errors import InputError
 from evaluation.report.collect import Run
 from evaluation.report.page import write
-from evaluation.report.sweeps import is_logarithmic, sweep_figures, sweep_panels
+from evaluation.report.sweeps import places_of, sweep_figures, sweep_panels
 
 METHODS = ("base", "b1", "b2", "b3")
 SWEEPS = {"β": {1: "b3", 0.01: "b1", 0.1: "b2"}}
@@ -63,11 +65,21 @@ def test_methods_with_a_budget_of_their_own_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "logarithmic"),
-    [([0.05, 1], True), ([0.06, 1], False), ([0, 1, 100], False), ([-1, 100], False), ([3], False)],
+    ("numbers", "places"),
+    [
+        ([0.05, 1], [-3, 0]),
+        ([0.06, 1], None),
+        ([0, 0.05, 1], [-6, -3, 0]),  # 0 a step below
+        ([0, 1, 400, 8000], [-4.5, 0, 6, 9]),
+        ([0, 5], None),
+        ([-1, 1, 100], None),
+        ([3], None),
+    ],
 )
-def test_axis_is_logarithmic_over_a_wide_positive_range(numbers, logarithmic):
-    assert is_logarithmic(numbers) is logarithmic
+def test_numbers_over_a_wide_range_stand_at_their_logarithms(numbers, places):
+    """In units of ln 20, the ratio from which on they do, by thirds."""
+    expected = numbers if places is None else [place / 3 * math.log(20) for place in places]
+    assert places_of(numbers) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_figure_per_sweep(run, monkeypatch):
@@ -83,11 +95,11 @@ def test_a_figure_per_sweep(run, monkeypatch):
 
 def test_numbers_that_run_into_each_other_are_left_out(tmp_path):
     methods = ("base", *(f"b{i}" for i in range(5)))
-    sweep = dict(zip((0, 0.1, 1, 50, 100), methods[1:], strict=True))
+    sweep = dict(zip((-2, 0.37, 0.47, 5, 10), methods[1:], strict=True))
     run = make_run(tmp_path / "r", methods=methods, sweeps={"w": sweep})
     shown = words(sweep_figures(Run.read(run))["w"])
-    assert {"1", "50", "100"} <= set(shown)
-    assert "0.1" not in shown
+    assert {"0.47", "5", "10"} <= set(shown)
+    assert "0.37" not in shown
 
 
 @pytest.mark.parametrize("sweeps", [{"β": {1: "ours"}}, {"β": {"high": "b1"}}, {"β": ["b1"]}, ["β"]])
