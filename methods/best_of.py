@@ -22,12 +22,22 @@ def preference(reward: Tensor, cap: float | None) -> Tensor:
     return reward if cap is None else torch.where(reward <= cap, reward, -reward)
 
 
+def easiest(reward: Tensor, share: float) -> Tensor:
+    """Return which proposals belong to the easiest ``share`` of each mask's, bool like ``reward`` ``(N, B)``.
+
+    At least one does; of equal ones the first.
+    """
+    rank = reward.argsort(dim=0, stable=True).argsort(dim=0)
+    return rank < max(1, round(share * len(reward)))
+
+
 class BestOfN(Method):
     """Draw N noises a mask and keep the one that the anchor finds hardest; no gradient is used.
 
     Every sample is an untouched draw of the diffusion model, so that the set stays on its manifold
     whatever the anchor is: the yardstick of what a method that moves the noise must beat. Proposal 0 is
-    the draw of plain sampling. With ``by="sample"``, no cap and no reference no sample is easier than it.
+    the draw of plain sampling. With ``by="sample"``, no cap and no reference no sample is easier than it;
+    of equal ones the first is kept.
     Keeping the best of N costs at most ln N nats from the prior.
 
     Args:
@@ -42,8 +52,10 @@ class BestOfN(Method):
             is taken; None has no cap.
         reference: a segmenter that has learnt more than the anchor, or its folder: proposals are then
             compared by what is reducible, φ(ℓ_anchor) − λ·φ(ℓ_reference).
-        reducible: λ.
+        reducible: λ; 0 leaves the anchor alone to compare, among those that are trusted.
         transform: φ, ``log`` or ``none``.
+        trusted: share of a mask's proposals that are eligible, those that the reference finds easiest; at
+            least one is. 1 trusts all.
 
     Raises:
         InputError: a folder cannot be used, an argument is out of its range, or the reward is unknown.
@@ -60,6 +72,7 @@ class BestOfN(Method):
         reference: str | Segmenter | None = None,
         reducible: float = 1.0,
         transform: Transform = "log",
+        trusted: float = 1.0,
     ) -> None:
         super().__init__()
         require(n >= 1, "n", n, "must be at least 1 proposal a mask")
@@ -72,6 +85,9 @@ class BestOfN(Method):
             raise InputError(
                 "cap and reference: choose one; a reference bars what nobody can learn by itself"
             )
+        require(0 < trusted <= 1, "trusted", trusted, "is a share of the proposals: above 0, at most 1")
+        if trusted < 1 and reference is None:
+            raise InputError(f"trusted {trusted}: the reference is what trusts; give one, or leave it at 1")
         self.name = f"best_of_{n}" if by == "sample" else f"{by}_{n}"
         self.n = n
         self.by = by
@@ -82,6 +98,7 @@ class BestOfN(Method):
         self.reference = None if reference is None else frozen(reference, Segmenter)  # type: ignore[type-abstract]
         self.reducible = reducible
         self.transform: Transform = transform
+        self.trusted = trusted
 
     def _judged(self, request: Request, x_T: Tensor) -> Tensor:
         """Return the images that a proposal is judged by."""
@@ -99,14 +116,14 @@ class BestOfN(Method):
         estimate = sampler.rollout(x_T, request.condition, self.truncate)
         return sampler.backbone.decode(estimate).clamp(-1, 1)
 
-    @torch.no_grad()
-    def _liked(self, request: Request, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reward of images, and what the chosen proposal has most of."""
-        reward = request.reward(image, self.reward)
+    def _liked(self, request: Request, images: list[Tensor], rewards: Tensor) -> Tensor:
+        """Return what the chosen proposal of a mask has most of, ``(N, B)``."""
         if self.reference is None:
-            return reward, preference(reward, self.cap)
-        learnt = REWARDS[self.reward](self.reference(image).float(), request.mask)
-        return reward, reducible(reward, learnt, self.reducible, self.transform)
+            return preference(rewards, self.cap)
+        reward = REWARDS[self.reward]
+        learnt = torch.stack([reward(self.reference(image).float(), request.mask) for image in images])
+        liked = reducible(rewards, learnt, self.reducible, self.transform)
+        return liked.masked_fill(~easiest(learnt, self.trusted), -torch.inf)
 
     def fingerprints(self) -> dict[str, str]:
         """See :meth:`Method.fingerprints`."""
@@ -114,22 +131,18 @@ class BestOfN(Method):
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``proposal``, ``proposals_mean`` (reward), ``kl``."""
-        noise = request.proposal(0)
-        image = self._judged(request, noise)
-        reward, best = self._liked(request, image)
-        total = reward
-        proposal = torch.zeros_like(reward, dtype=torch.int64)
-        for number in range(1, self.n):
-            x_T = request.proposal(number)
-            other = self._judged(request, x_T)
-            reward, liked = self._liked(request, other)
-            total = total + reward
-            better = liked > best
-            best, proposal = torch.where(better, liked, best), proposal.masked_fill(better, number)
-            chosen = better.view(-1, 1, 1, 1)
-            image, noise = torch.where(chosen, other, image), torch.where(chosen, x_T, noise)
-        if self.by != "sample":
-            image = request.sampler.sample(noise, request.condition)
-        kl = torch.full_like(reward, best_of_n_kl(self.n))
-        notes = {"proposal": proposal, "proposals_mean": total / self.n, "kl": kl, "x_T": noise}
+        noises = [request.proposal(number) for number in range(self.n)]
+        images = [self._judged(request, x_T) for x_T in noises]
+        with torch.no_grad():
+            rewards = torch.stack([request.reward(image, self.reward) for image in images])
+            liked = self._liked(request, images, rewards)
+        proposal = liked.argsort(dim=0, descending=True, stable=True)[0]
+        rows = torch.arange(len(proposal), device=proposal.device)
+        x_T = torch.stack(noises)[proposal, rows]
+        if self.by == "sample":
+            image = torch.stack(images)[proposal, rows]
+        else:
+            image = request.sampler.sample(x_T, request.condition)
+        kl = torch.full_like(rewards[0], best_of_n_kl(self.n))
+        notes = {"proposal": proposal, "proposals_mean": rewards.mean(dim=0), "kl": kl, "x_T": x_T}
         return image, notes

@@ -116,6 +116,25 @@ def test_a_reference_bars_what_it_has_not_learnt_either(request_):
     assert synthesize(same, request_)[1]["proposal"].tolist() == [0] * N
 
 
+def test_of_those_that_the_reference_trusts_the_hardest_is_taken(request_):
+    images, rewards = proposals(request_, 5)
+    reference = make_segmenter(seed=7).freeze()
+    learnt = torch.stack([REWARDS["bounded_ce"](reference(image), request_.mask) for image in images])
+    image, notes = synthesize(BestOfN(5, reference=reference, trusted=0.4, reducible=0.0), request_)
+    for i in range(N):
+        first, second = learnt[:, i].argsort().tolist()[:2]
+        expected = first if rewards[first, i] > rewards[second, i] else second
+        assert notes["proposal"][i] == expected
+    assert torch.equal(image, pick(images, notes["proposal"]))
+    assert not torch.equal(notes["proposal"], rewards.argmax(0))
+    ratio = (rewards + 1e-3) / (learnt + 1e-3)
+    _, notes = synthesize(BestOfN(5, reference=reference, trusted=0.4), request_)
+    among = torch.where(learnt <= learnt.sort(0).values[1], ratio, -1)
+    assert torch.equal(notes["proposal"], among.argmax(0))
+    _, notes = synthesize(BestOfN(5, reference=reference, trusted=0.01), request_)
+    assert torch.equal(notes["proposal"], learnt.argmin(0))
+
+
 def test_cap_bars_what_is_too_hard(request_):
     images, rewards = proposals(request_, 4)
     cap = float(rewards.flatten().sort().values[len(rewards.flatten()) // 2])
@@ -486,6 +505,8 @@ def test_samples_stand_by_themselves(name, kind):
         (lambda: BestOfN(truncate=0), "truncate 0:"),
         (lambda: BestOfN(reward="hardness"), "reward 'hardness':.*bounded_ce"),
         (lambda: BestOfN(cap=-0.1), "cap -0.1:"),
+        (lambda: BestOfN(trusted=0.0), "trusted 0.0:"),
+        (lambda: BestOfN(trusted=0.5), r"trusted 0\.5: .*reference"),
         (lambda: GAL(momentum=1.0), "momentum 1.0:"),
         (lambda: GAL(threshold=2.0), "threshold 2.0:"),
         (lambda: GAL(tries=-1), "tries -1:"),
