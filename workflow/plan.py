@@ -141,6 +141,11 @@ class Plan:
         names = [name.removesuffix("_training") for name in [*arms, *settings["joined"], *named]]
         return [name for name in dict.fromkeys(names) if name not in (*self.real_arms, "plain")]
 
+    def real_arms_of(self, method: str) -> list[str]:
+        """Return the arms of real images, beside ``real``, whose segmenters a method works with."""
+        named = [self.methods[method]["anchor"], *self.needs(method)]
+        return [arm for arm in dict.fromkeys(named) if arm in self.real_arms and arm != "real"]
+
     def of_plain(self, method: str) -> bool:
         """Return whether a method's set is taken from the plain samples."""
         subset = self.methods[method]["subset"]
@@ -161,8 +166,7 @@ class Plan:
     def training_layers(self, method: str) -> list[Any]:
         """Return all settings that a method's network depends on: those of what it builds on too."""
         settings = self.methods[method]
-        before = [layer for other in self.others(method) for layer in self.method_layers(other)]
-        return [settings["stage"], settings["training"], *before]
+        return [settings["stage"], settings["training"], *self._before(method)]
 
     def method_layers(self, method: str) -> list[Any]:
         """Return all settings that a method's synthetic set depends on."""
@@ -174,8 +178,12 @@ class Plan:
             if settings[key] not in ("real", [], None)
         }
         own += ["plain"] if self.of_plain(method) else []
-        before = [layer for other in self.others(method) for layer in self.method_layers(other)]
-        return [*own, {"arguments": facts}, *before]
+        return [*own, {"arguments": facts}, *self._before(method)]
+
+    def _before(self, method: str) -> list[Any]:
+        """Return all settings of what a method builds on."""
+        sets = [layer for other in self.others(method) for layer in self.method_layers(other)]
+        return [*sets, *(self.real_arms[arm] for arm in self.real_arms_of(method))]
 
     def key(self, *layers: str | Settings) -> str:
         """Return the fingerprint of all settings that a network depends on: a checkpoint of others is no use.
@@ -223,7 +231,9 @@ class Plan:
             if all(self.stages.get(s) == theirs.get(s) is not None for s in [stage, *self.upstream[stage]])
         }
         folders = [stage for stage in self.once if stage in alike]
-        seeded = [folder for stage, folder in (("segmenter", "real"), ("plain", "plain")) if stage in alike]
+        known = {"real": {}} | (base.get("real_arms") or {}) if "segmenter" in alike else {}
+        arms = [arm for arm, given in self.real_arms.items() if known.get(arm, "absent") == given]
+        seeded = [*arms, *({"plain"} & alike)]
         measured_alike = all(self.settings.get(key) == base.get(key) for key in MEASURED_BY)
         shared: list[str] = []
         for name, method in self.methods.items():
@@ -232,8 +242,8 @@ class Plan:
                 continue
             there = given.get("budgets", base.get("budgets", []))  # a set is as large as the largest
             same_size = max(method["budgets"]) == max(there) and {*method["budgets"]} <= {*there}
-            parts = {*self.others(name), method["network"]} - {name}
-            if self.stages_of(name) <= alike and same_size and parts <= {*shared}:
+            parts = {*self.others(name), *self.real_arms_of(name), method["network"]} - {name}
+            if self.stages_of(name) <= alike and same_size and parts <= {*shared, *arms}:
                 shared.append(name)
                 seeded += [name, *([f"{name}_training"] if method["stage"] else [])]
         return folders + [f"seed{seed}/{folder}" for seed in self.seeds for folder in seeded]

@@ -68,6 +68,41 @@ def test_a_changed_stage_is_shared_by_none_that_depends_on_it(settings):
     assert {path.name for path in run.glob("seed0/*")} == {"real", "plain"}
 
 
+def test_real_arms_are_shared_with_what_works_with_them(settings):
+    base = copy.deepcopy(settings)
+    settings["real_arms"] = base["real_arms"] = {
+        "many": {"arguments": {"x": 1}},
+        "few": {"arguments": {"x": 1}},
+    }
+    told = {"configs": [], "arguments": {"reference": "{arms}/many/weights"}}
+    settings["methods"]["told"] = base["methods"]["told"] = told
+    settings |= {"name": "more", "seeds": [0]}
+
+    def linked():
+        Plan(settings).share(base)
+        return {path.name for path in Path(settings["runs"], "more").glob("seed0/*")}
+
+    assert {"real", "many", "few", "told"} <= linked()
+    settings["real_arms"] = base["real_arms"] | {"many": {"arguments": {"x": 2}}}
+    assert {"real", "few", "base"} <= linked()
+    assert not {"many", "told"} & linked()
+
+
+def test_a_changed_real_arm_changes_the_key_of_what_works_with_it(settings):
+    settings["real_arms"] = {"many": {"arguments": {"x": 1}}}
+    settings["methods"]["told"] = {"configs": [], "anchor": "many"}
+
+    def keys():
+        plan = Plan(settings)
+        return [plan.key("segmenter", *plan.method_layers(name)) for name in ("told", "base")]
+
+    before = keys()
+    settings["real_arms"]["many"]["arguments"]["x"] = 2
+    after = keys()
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
 def test_links_lead_to_the_experiment_that_is_extended_now(settings):
     """Not to the one that it extended before, nor to where the project once was."""
     more = Plan(settings | {"name": "more", "seeds": [0]})
