@@ -118,8 +118,8 @@ def budget_figure(run: Run) -> str | None:
         return None
     summaries = summarise(run.rows)
     test_sets = list(dict.fromkeys(s.test_set for s in summaries))
-    beside = len(run.methods) > FEW
-    figure = new_figure(max(2.9, 0.8 + 0.17 * len(run.methods)) if beside else 2.9)
+    many = len(run.methods) > FEW
+    figure = new_figure(max(2.9, 0.8 + 0.17 * len(run.methods)))
     panels = figure.subplots(1, len(test_sets), squeeze=False)[0]
     for ax, test_set in zip(panels, test_sets, strict=True):
         for method in (REAL, *run.methods):
@@ -134,7 +134,7 @@ def budget_figure(run: Run) -> str | None:
                 ax.errorbar(
                     [s.budget for s in points],
                     y,
-                    None if beside else sd,
+                    None if many else sd,
                     color=shade,
                     marker=mark,
                     ls=dash,
@@ -143,10 +143,7 @@ def budget_figure(run: Run) -> str | None:
                     label=method,
                 )
         ax.set(title=test_set, xlabel="synthetic budget (× N real)", ylabel="DSC (%)", xticks=budgets)
-        if not beside:
-            ax.legend()
-    if beside:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return to_svg(figure)
 
 
