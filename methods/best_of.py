@@ -116,12 +116,10 @@ class BestOfN(Method):
         estimate = sampler.rollout(x_T, request.condition, self.truncate)
         return sampler.backbone.decode(estimate).clamp(-1, 1)
 
-    def _liked(self, request: Request, images: list[Tensor], rewards: Tensor) -> Tensor:
+    def _liked(self, rewards: Tensor, learnt: Tensor) -> Tensor:
         """Return what the chosen proposal of a mask has most of, ``(N, B)``."""
         if self.reference is None:
             return preference(rewards, self.cap)
-        reward = REWARDS[self.reward]
-        learnt = torch.stack([reward(self.reference(image).float(), request.mask) for image in images])
         liked = reducible(rewards, learnt, self.reducible, self.transform)
         return liked.masked_fill(~easiest(learnt, self.trusted), -torch.inf)
 
@@ -131,18 +129,25 @@ class BestOfN(Method):
 
     def synthesize(self, request: Request) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`Method.synthesize`; notes ``proposal``, ``proposals_mean`` (reward), ``kl``."""
-        noises = [request.proposal(number) for number in range(self.n)]
-        images = [self._judged(request, x_T) for x_T in noises]
-        with torch.no_grad():
-            rewards = torch.stack([request.reward(image, self.reward) for image in images])
-            liked = self._liked(request, images, rewards)
+        images, rewards, learnt = [], [], []
+        for number in range(self.n):
+            image = self._judged(request, request.proposal(number))
+            with torch.no_grad():
+                rewards.append(request.reward(image, self.reward))
+                if self.reference is not None:
+                    learnt.append(REWARDS[self.reward](self.reference(image).float(), request.mask))
+            if self.by == "sample":  # others are looks, and would be held for nothing
+                images.append(image)
+        reward = torch.stack(rewards)
+        liked = self._liked(reward, torch.stack(learnt or rewards))
         proposal = liked.argsort(dim=0, descending=True, stable=True)[0]
-        rows = torch.arange(len(proposal), device=proposal.device)
-        x_T = torch.stack(noises)[proposal, rows]
+        x_T = request.proposal(0)
+        for number in proposal.unique().tolist():
+            x_T = torch.where((proposal == number).view(-1, 1, 1, 1), request.proposal(number), x_T)
         if self.by == "sample":
-            image = torch.stack(images)[proposal, rows]
+            image = torch.stack(images)[proposal, torch.arange(len(proposal), device=proposal.device)]
         else:
             image = request.sampler.sample(x_T, request.condition)
-        kl = torch.full_like(rewards[0], best_of_n_kl(self.n))
-        notes = {"proposal": proposal, "proposals_mean": rewards.mean(dim=0), "kl": kl, "x_T": x_T}
+        kl = torch.full_like(reward[0], best_of_n_kl(self.n))
+        notes = {"proposal": proposal, "proposals_mean": reward.mean(dim=0), "kl": kl, "x_T": x_T}
         return image, notes
