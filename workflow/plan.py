@@ -246,6 +246,7 @@ class Plan:
             if self.stages_of(name) <= alike and same_size and parts <= {*shared, *arms}:
                 shared.append(name)
                 seeded += [name, *([f"{name}_training"] if method["stage"] else [])]
+        folders += ["real"] if shared else []  # the images that their masks came from
         return folders + [f"seed{seed}/{folder}" for seed in self.seeds for folder in seeded]
 
 

@@ -63,9 +63,11 @@ def test_a_changed_stage_is_shared_by_none_that_depends_on_it(settings):
     linked = {path.name for path in run.glob("seed0/*")}
     assert {"base", "glance_scorer_training", "real", "plain"} <= linked
     assert not {"miner", "miner_training", "native_miner", "other"} & linked
+    assert (run / "real").is_symlink()  # real images, which the report shows beside what is shared
     settings["stages"]["reference"]["arguments"]["trainer.max_steps"] = 7  # which measures every set
     Plan(settings).share(base)
     assert {path.name for path in run.glob("seed0/*")} == {"real", "plain"}
+    assert not (run / "real").exists()
 
 
 def test_real_arms_are_shared_with_what_works_with_them(settings):
