@@ -1,19 +1,22 @@
 """One table of several experiments: a line per backbone and arm, a column per data set and test set.
 
 ``python -m evaluation.table runs/a runs/b … [--test-set NAME …]``; with ``--sets`` one of each experiment and
-test set: a line per arm, its scores beside what describes its synthetic sets; with ``--classes dsc asd`` one
+test set: a line per arm, its scores beside what describes its synthetic sets; with ``--against all_plain/8x``
+the paired differences of every other arm to that one, with their intervals; with ``--classes dsc asd`` one
 of each test set and measure: a line per segmenter and arm, a column per class; with ``--of noise.norm.z …``
 one of each experiment: a line per method, a column per figure of its sets in ``report.json``.
+``--without CLASS …`` leaves classes out of all scores.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from errors import InputError
-from evaluation.report.collect import NO_BACKBONE, REAL, Row, arm_name
+from evaluation.report.collect import NO_BACKBONE, REAL, Row, arm_folder, arm_name
 from evaluation.report.statistics import Spread, paired_differences, spearman, spread, summarise
 from evaluation.report.tables import Table, as_markdown, class_table, interval, mean_sd, number
 
@@ -141,6 +144,54 @@ def arms_table(
     return Table(heads, [cells for *_, cells in lines], [method for _, method, _ in lines], left=1)
 
 
+def differences_table(rows: Sequence[Row], test_set: str, against: str) -> Table:
+    """Return the difference of every other arm to one of them, paired by seed, and its 95 % interval.
+
+    Args:
+        rows: rows of one experiment.
+        test_set: the test set.
+        against: the arm, as ``base/3x`` or ``real``: its folder in that of a seed.
+
+    Raises:
+        InputError: the test set or the arm is unknown.
+    """
+    _known([rows], [test_set])
+    shown = [row for row in rows if row.test_set == test_set]
+    arms = {arm_folder(row.method, row.budget): (row.method, row.budget) for row in shown}
+    if against not in arms:
+        raise InputError(f"arm {against}: is unknown; choose from {', '.join(arms)}")
+    found = paired_differences(shown, *arms[against])
+    return Table(
+        ("Arm", f"ΔDSC to {arm_name(*arms[against])}, {test_set}", "95 % interval"),
+        [(arm_name(d.method, d.budget), mean_sd(d.dsc, signed=True), interval(d.dsc)) for d in found],
+        [d.method for d in found],
+        left=1,
+    )
+
+
+def without(rows: Sequence[Row], classes: Sequence[str]) -> list[Row]:
+    """Return rows with the means over the other foreground classes, of every measure.
+
+    As in the mean over all, a class that is scored in no case does not count.
+
+    Raises:
+        InputError: a row has no scores of such a class, or none of another.
+    """
+    shorter = []
+    for row in rows:
+        if unknown := [name for name in classes if name not in row.classes]:
+            known = f"it has {', '.join(row.classes)}" if row.classes else "make its report.json anew"
+            raise InputError(f"class {unknown[0]}: {row.dataset} has no scores of it; {known}")
+        if not {*row.classes} - {*classes}:
+            raise InputError(f"{row.dataset}: no class is left; name fewer of {', '.join(row.classes)}")
+        scores = {key: value for key, value in row.scores.items() if key.partition("/")[2] not in classes}
+        for measure in {key.partition("/")[0] for key in scores if "/" in key}:
+            found = spread(value for key, value in scores.items() if key.startswith(f"{measure}/"))
+            scores[measure] = found.mean if found.n else None
+        shorter.append(replace(row, dsc=scores["dsc"], asd=scores.get("asd"), scores=scores))
+    return shorter
+
+
 def hardness(rows: Sequence[Row], sets: Sequence[dict[str, Any]], test_set: str) -> list[str]:
     """Return whether harder sets were better ones: for each budget, ρ of DSC and adversariality over methods.
 
@@ -250,37 +301,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="runs/<experiment>, or a report.json")
     parser.add_argument("--test-set", action="append", default=[], help="show this one; may be repeated")
     parser.add_argument("--sets", action="store_true", help="a table of each experiment and test set")
+    parser.add_argument("--against", metavar="ARM", help="differences to this arm, such as real or base/3x")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="CLASS", help="leave these out of all scores"
+    )
     parser.add_argument("--classes", nargs="+", metavar="MEASURE", help="a table of each measure, by class")
     parser.add_argument("--of", nargs="+", metavar="PATH", help="a table of these figures of synthetic sets")
     parser.add_argument("--best-first", action="store_true", help="with --sets: sort by DSC")
     options = parser.parse_args(arguments)
     reports = [read_report(run) for run in options.runs]
+    if options.without:
+        reports = [(without(rows, options.without), sets) for rows, sets in reports]
     _known([rows for rows, _ in reports], options.test_set)
+    unit = "DSC in percent, mean ± standard deviation over seeds; changes are paired by seed"
     if options.of:
         for _, sets in reports:
             print(as_markdown(measures_table(sets, options.of)), end="\n\n")
         print("Mean ± standard deviation over seeds.")
-        return
-    if options.classes:
+    elif options.classes:
         rows = [row for found, _ in reports for row in found]
         for name in _shown(rows, options.test_set):
             for (dataset, measure), table in class_tables(rows, name, options.classes).items():
                 print(f"{dataset}, {name}: {measure}\n\n{as_markdown(table)}", end="\n\n")
-    elif options.sets:
+        print(
+            "Mean ± standard deviation over seeds. DSC and NSD in percent; for the unit of distances see\n"
+            "the protocol in report.json."
+        )
+    elif options.against or options.sets:
         for rows, sets in reports:
             for name in _shown(rows, options.test_set):
-                print(as_markdown(arms_table(rows, sets, name, options.best_first)), end="\n\n")
-                print(*(f"{note}\n\n" for note in hardness(rows, sets, name)), sep="", end="")
+                if options.against:
+                    print(as_markdown(differences_table(rows, name, options.against)), end="\n\n")
+                else:
+                    print(as_markdown(arms_table(rows, sets, name, options.best_first)), end="\n\n")
+                    print(*(f"{note}\n\n" for note in hardness(rows, sets, name)), sep="", end="")
+        print(f"{unit}.")
     else:
         print(as_markdown(grand_table([rows for rows, _ in reports], options.test_set)), end="\n\n")
-    if options.classes:
-        print(
-            "Mean ± standard deviation over seeds. DSC and NSD in percent; for the unit of distances see the"
-        )
-        print("protocol in report.json.")
-    else:
-        print("DSC in percent, mean ± standard deviation over seeds; changes are paired by seed", end="")
-        print("." if options.sets else ", those to real in brackets.")
+        print(f"{unit}, those to real in brackets.")
 
 
 if __name__ == "__main__":

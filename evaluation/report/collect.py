@@ -47,6 +47,11 @@ def arm_name(method: str, budget: float) -> str:
     return method if method == REAL or not budget else f"{method} {budget:g}×"
 
 
+def arm_folder(method: str, budget: float) -> str:
+    """Return the folder of an arm in that of its seed, as ``base/3x``."""
+    return f"{method}/{budget:g}x" if budget else method
+
+
 def own_budgets(method: dict[str, Any] | None, budgets: list[float]) -> list[float]:
     """Return the budgets at which a method is compared: those of the experiment, unless it names its own.
 
@@ -102,8 +107,7 @@ class Arm:
     @property
     def folder(self) -> str:
         """Folder of the arm inside the run."""
-        leaf = f"{self.method}/{self.budget:g}x" if self.budget else self.method
-        return f"seed{self.seed}/{leaf}"
+        return f"seed{self.seed}/{arm_folder(self.method, self.budget)}"
 
 
 @dataclass(frozen=True)

@@ -81,24 +81,28 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
     ]
 
 
-def paired_differences(rows: Sequence[Row], reference: str) -> list[Summary]:
-    """Return method − reference per seed, over seeds, for every other method, test set and budget.
+def paired_differences(rows: Sequence[Row], reference: str, budget: float | None = None) -> list[Summary]:
+    """Return arm − reference per seed, over seeds, for every other arm and test set.
 
-    Both arms of a difference have the same seed and, unless the reference is ``real``, the same budget;
-    variants of ``real`` have none and are compared with ``real`` only.
-    Seeds in which either is undefined do not count; an arm whose reference has no such budget is left out.
+    Both arms of a difference have the same seed. Seeds in which either is undefined do not count; an arm
+    whose reference has no such budget is left out.
+
+    Args:
+        rows: of one experiment.
+        reference: the method that others are compared with.
+        budget: at which budget of it; None for that of each arm. ``real`` has none, which is 0.
     """
+    budget = 0 if reference == REAL else budget
     by_arm = {(r.test_set, r.method, r.budget, r.seed): r for r in rows}
     references = {(r.test_set, r.budget) for r in rows if r.method == reference}
     differences = []
     for row in rows:
-        if row.method not in (REAL, reference) and (reference == REAL or row.budget):
-            budget = 0 if reference == REAL else row.budget
-            if (row.test_set, budget) not in references:
-                continue
-            other = by_arm.get((row.test_set, reference, budget, row.seed))
-            dsc, asd = (_minus(row.dsc, other.dsc), _minus(row.asd, other.asd)) if other else (None, None)
-            differences.append(replace(row, dsc=dsc, asd=asd))
+        at = row.budget if budget is None else budget
+        if (row.method, row.budget) == (reference, at) or (row.test_set, at) not in references:
+            continue
+        other = by_arm.get((row.test_set, reference, at, row.seed))
+        dsc, asd = (_minus(row.dsc, other.dsc), _minus(row.asd, other.asd)) if other else (None, None)
+        differences.append(replace(row, dsc=dsc, asd=asd))
     return summarise(differences)
 
 

@@ -5,7 +5,16 @@ import pytest
 
 from errors import InputError
 from evaluation.report.collect import Row
-from evaluation.table import arms_table, class_tables, grand_table, hardness, main, measures_table
+from evaluation.table import (
+    arms_table,
+    class_tables,
+    differences_table,
+    grand_table,
+    hardness,
+    main,
+    measures_table,
+    without,
+)
 
 
 def row(dsc, method="real", budget=0, seed=0, dataset="acdc", test_set="test"):
@@ -151,6 +160,51 @@ def test_command_for_classes(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("acdc")] == ["acdc, test: dsc", "acdc, test: asd"]
     assert "| real | 2.00 ± – | 1.50 ± – | – |" in lines
+
+
+def test_differences_to_any_arm():
+    """Paired by seed; the arm has its own budget, whatever that of the others."""
+    three = [*ACDC, row(81.0, seed=2), row(84.0, "base", 1, 2), *BEST[:2], row(90.0, "best", 1, 2)]
+    plain = [row(dsc, "all_plain", 8, seed) for seed, dsc in enumerate((85.0, 85.0, 88.0))]
+    table = differences_table([*three, *plain], "test", "all_plain/8x")
+    assert table.columns[1] == "ΔDSC to all_plain 8×, test"
+    assert table.cells == [
+        ("real", "−5.00 ± 2.00", "[−9.97, −0.03]"),  # −5, −3, −7: 4.3027 · 2 / √3 = 4.97
+        ("base 1×", "−1.67 ± 2.52", "[−7.92, +4.58]"),  # −2, 1, −4
+        ("best 1×", "+3.00 ± 1.00", "[+0.52, +5.48]"),  # 3, 4, 2
+    ]
+    turned = differences_table([*three, *plain], "test", "best/1x")
+    assert dict(zip(turned.methods, turned.cells, strict=True))["all_plain"][1:] == (
+        "−3.00 ± 1.00",
+        "[−5.48, −0.52]",
+    )
+    with pytest.raises(InputError, match="arm base/3x: is unknown; choose from real, base/1x, best/1x, all_"):
+        differences_table([*three, *plain], "test", "base/3x")
+
+
+def test_classes_can_be_left_out():
+    scores = {"dsc": 60.0, "asd": 2.0, "n_cases": 8, "dsc/a": 80.0, "dsc/b": 70.0, "dsc/c": 30.0}
+    scores |= {"asd/a": 1.0, "asd/b": None, "asd/c": 3.0}
+    (one,) = without([replace(row(60.0), scores=scores)], ["c"])
+    assert (one.dsc, one.asd, one.classes) == (75.0, 1.0, ["a", "b"])
+    kept = {key: value for key, value in scores.items() if not key.endswith("/c")}
+    assert one.scores == kept | {"dsc": 75.0, "asd": 1.0}
+    with pytest.raises(InputError, match="class d: acdc has no scores of it; it has a, b"):
+        without([one], ["d"])
+    with pytest.raises(InputError, match="acdc: no class is left"):
+        without([one], ["a", "b"])
+    with pytest.raises(InputError, match=r"class a: acdc has no scores of it; make its report\.json anew"):
+        without([row(60.0)], ["a"])
+
+
+def test_command_for_differences(tmp_path, capsys):
+    path = tmp_path / "acdc.json"
+    path.write_text(json.dumps({"rows": [asdict(by_class(80.0 + seed, "NNUNet", seed)) for seed in (0, 1)]}))
+    main([str(path), "--without", "core"])
+    assert "| none | real | 82.50 ± 0.71 |" in capsys.readouterr().out
+    path.write_text(json.dumps({"rows": [asdict(one) for one in ACDC]}))
+    main([str(path), "--against", "real"])
+    assert "| base 1× | +3.50 ± 0.71 | – |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
