@@ -19,7 +19,7 @@ SNAKEMAKE = (sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefi
 EXPERIMENTS = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
 
 
-def snakemake(configfile: Path, *options: str) -> str:
+def run_snakemake(configfile: Path, *options: str) -> tuple[int, str]:
     done = subprocess.run(
         [*SNAKEMAKE, "--configfile", str(configfile), "--cores", "2", *options],
         cwd=ROOT,
@@ -28,8 +28,13 @@ def snakemake(configfile: Path, *options: str) -> str:
         text=True,
         timeout=1500,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def snakemake(configfile: Path, *options: str) -> str:
+    code, output = run_snakemake(configfile, *options)
+    assert code == 0, output[-6000:]
+    return output
 
 
 def planned(output: str) -> dict[str, int]:
@@ -251,16 +256,23 @@ def test_a_backbone_may_start_from_a_pretrained_one(tiny, tmp_path):
     assert "--trainer.default_root_dir=" + f"{tmp_path}/tiny/backbone" in started[0]
 
 
+def test_a_failed_extension_ends_with_its_own_error(tmp_path):
+    """Though all its folders are links to empty ones, which Snakemake wants to remove."""
+    stages = {"backbone": {"arguments": {"trainer.max_steps": "many"}}}
+    demo = {"extends": "configs/experiments/demo.yaml", "name": "base", "runs": str(tmp_path)}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(demo | {"stages": stages}))
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"extends": f"{tmp_path}/base.yaml", "name": "more"}))
+    code, output = run_snakemake(tmp_path / "more.yaml", f"{tmp_path}/more/backbone/weights/config.json")
+    assert code != 0
+    assert "Got value: many" in output
+    assert "Traceback" not in output
+
+
 def test_a_method_that_builds_on_a_later_one_is_refused(tiny, tmp_path):
     _, _, settings, _ = tiny
     changed = settings | {"methods": {"round_2": ROUND, **settings["methods"]}}
     configfile = tmp_path / "changed.yaml"
     configfile.write_text(yaml.safe_dump(changed, sort_keys=False))
-    done = subprocess.run(
-        [*SNAKEMAKE, "--dry-run", "--configfile", str(configfile), "--cores", "2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert "round_2 builds on seed_scorer; list it before round_2" in done.stdout + done.stderr
+    code, output = run_snakemake(configfile, "--dry-run")
+    assert code != 0
+    assert "round_2 builds on seed_scorer; list it before round_2" in output
