@@ -216,7 +216,7 @@ class Plan:
                 Path(self.settings.get("runs", "runs"), base["name"], folder),
             )
             target.mkdir(parents=True, exist_ok=True)
-            (target / ".keep").touch()  # Snakemake removes empty folders after a failure, and cannot remove links
+            (target / ".keep").touch()  # after a failure Snakemake removes empty folders, but links it cannot
             link.parent.mkdir(parents=True, exist_ok=True)
             if link.is_symlink() and link.resolve() != target.resolve():
                 link.unlink()  # to what another experiment made, or to where the project once was
