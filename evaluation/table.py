@@ -300,13 +300,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evaluation.table", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="runs/<experiment>, or a report.json")
     parser.add_argument("--test-set", action="append", default=[], help="show this one; may be repeated")
-    parser.add_argument("--sets", action="store_true", help="a table of each experiment and test set")
-    parser.add_argument("--against", metavar="ARM", help="differences to this arm, such as real or base/3x")
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="CLASS", help="leave these out of all scores"
     )
-    parser.add_argument("--classes", nargs="+", metavar="MEASURE", help="a table of each measure, by class")
-    parser.add_argument("--of", nargs="+", metavar="PATH", help="a table of these figures of synthetic sets")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sets", action="store_true", help="a table of each experiment and test set")
+    kind.add_argument("--against", metavar="ARM", help="differences to this arm, such as real or base/3x")
+    kind.add_argument("--classes", nargs="+", metavar="MEASURE", help="a table of each measure, by class")
+    kind.add_argument("--of", nargs="+", metavar="PATH", help="a table of these figures of synthetic sets")
     parser.add_argument("--best-first", action="store_true", help="with --sets: sort by DSC")
     options = parser.parse_args(arguments)
     reports = [read_report(run) for run in options.runs]

@@ -205,6 +205,9 @@ def test_command_for_differences(tmp_path, capsys):
     path.write_text(json.dumps({"rows": [asdict(one) for one in ACDC]}))
     main([str(path), "--against", "real"])
     assert "| base 1× | +3.50 ± 0.71 | – |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([str(path), "--against", "real", "--sets"])
+    assert "--sets: not allowed with argument --against" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
