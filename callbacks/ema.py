@@ -24,6 +24,11 @@ class EMA(WeightAveraging):
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the average where the model is: when it is copied the model is still on the CPU."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average in place where a finished run is resumed: ``on_train_end`` is left out then."""
         self._copy_average_to_current(pl_module)

@@ -58,18 +58,28 @@ def ddim_timesteps(
         offset: added to every t under ``leading``.
 
     Raises:
-        ValueError: ``steps`` is not in 1 … ``train_steps``, or a timestep falls outside the schedule.
+        InputError: ``steps`` is not in 1 … ``train_steps``, a timestep falls outside the schedule, or more than
+            a tenth of it, its noisiest part, would be left out, as ``leading`` does where T / steps is rounded.
     """
     if not 1 <= steps <= train_steps:
-        raise ValueError(f"{steps} DDIM steps of a schedule with {train_steps}: choose 1 to {train_steps}")
+        raise InputError(f"{steps} DDIM steps of a schedule with {train_steps}: choose 1 to {train_steps}")
     if spacing == "leading":
+        covered = train_steps // steps * steps
+        if covered < 0.9 * train_steps:
+            raise InputError(
+                f"{steps} DDIM steps with leading spacing would leave out the noisiest {train_steps - covered} "
+                f"of {train_steps} timesteps; choose a divisor of {train_steps}, such as 50"
+            )
         times = [i * (train_steps // steps) + offset for i in reversed(range(steps))]
     elif spacing == "trailing":
         times = [round(train_steps - i * train_steps / steps) - 1 for i in range(steps)]
     else:
         times = torch.linspace(train_steps - 1, 0, steps).round().int().tolist()
     if times[0] >= train_steps:
-        raise ValueError(f"offset {offset} puts the first timestep at {times[0]}, beyond {train_steps - 1}")
+        raise InputError(
+            f"{steps} DDIM steps with offset {offset} would begin at t = {times[0]}, beyond {train_steps - 1}; "
+            "choose fewer"
+        )
     return list(zip(times, [*times[1:], -1], strict=True))
 
 

@@ -96,6 +96,7 @@ class AutoencoderLitModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the mean absolute error, and keep what tells the spread of the latents."""
         _, error, mean = self._loss(batch, _VALIDATE)
+        mean = mean.float()  # half precision ends at 65,504, and so would the count
         self.log("autoencoder/val_error", error, prog_bar=True, batch_size=len(mean), sync_dist=True)
         self.moments.append(torch.stack([mean.square().sum(), mean.sum(), mean.new_tensor(mean.numel())]))
 

@@ -36,6 +36,8 @@ def check_image_set(source: Source, network: Backbone | Segmenter, argument: str
             f"{argument}: has {network.num_classes} classes, {source.name} has {source.num_classes} "
             f"({', '.join(source.class_names)}); set num_classes to match, or give a network trained on them"
         )
+    if isinstance(network, Backbone):
+        network.noise_shape(source.size)  # raises where the size does not fit
     wrong = network.misfit(source.size) if whole and isinstance(network, Segmenter) else None
     if wrong:
         raise InputError(

@@ -145,6 +145,7 @@ class SynthesisLitModule(L.LightningModule):
         self._wait()
         seconds = (time.perf_counter() - start) / len(image)
         calls = (self.sampler.calls - calls) / len(image)
+        self._check_finite(image, batch["index"])
         levels = quantize(image)
         value = self.reward(levels.float() / 127.5 - 1, batch["mask"])
         return {
@@ -158,6 +159,16 @@ class SynthesisLitModule(L.LightningModule):
             "seconds": seconds,
             "calls": calls,
         }
+
+    def _check_finite(self, image: Tensor, index: Tensor) -> None:
+        """Raise unless all images are numbers: as levels, what is not would be black."""
+        wrong = index[~image.isfinite().flatten(1).all(1)].tolist()
+        if wrong:
+            raise InputError(
+                f"samples {', '.join(map(str, wrong))}: {self.method.name} gives images with values that are no "
+                f"numbers, by precision {self.trainer.precision}; take --trainer.precision=32-true (a VAE can "
+                "overflow in half precision), or look whether a trained network has diverged"
+            )
 
     def _warm_up(self, batch: dict[str, Any]) -> None:
         """Call the backbone once, so that the first batch's time is not that of loading kernels."""

@@ -28,7 +28,8 @@ def parameter_gradient(
 
     Give a batch of one for the gradient of a sample. The network may be frozen and stays as it is; it
     must be in eval mode, so that its output is one tensor of logits. Parameters that the output does
-    not depend on have gradient 0.
+    not depend on have gradient 0. In float32 under mixed precision too: autocast would keep a copy in half
+    precision of all parameters, anew for every gradient.
 
     Args:
         network: f_ϑ, images to logits.
@@ -43,9 +44,9 @@ def parameter_gradient(
     if torch.is_inference_mode_enabled():
         raise InputError("gradients are needed here: set --trainer.inference_mode=false")
     known = dict(network.named_parameters())
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
         chosen = {name: known[name].detach().requires_grad_() for name in (names or known)}
-        logits = functional_call(network, chosen, (image.detach(),))
+        logits = functional_call(network, chosen, (image.detach().float(),))
         value = loss(logits.float(), mask).mean()
         gradients = torch.autograd.grad(value, list(chosen.values()), materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])

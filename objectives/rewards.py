@@ -36,7 +36,8 @@ def balanced_ce(logits: Tensor, mask: Tensor) -> Tensor:
     pixels = F.cross_entropy(logits, mask, reduction="none").flatten(1)
     member = F.one_hot(mask, logits.shape[1]).flatten(1, 2).to(pixels.dtype)
     count = member.sum(1)
-    per_class = torch.einsum("bn,bnk->bk", pixels, member) / count.clamp(min=1)
+    # No einsum: mixed precision would take the sums over all pixels in half.
+    per_class = (pixels.unsqueeze(2) * member).sum(1) / count.clamp(min=1)
     return per_class.sum(1) / (count > 0).sum(1)
 
 

@@ -178,7 +178,18 @@ class SegDiff(Backbone):
         return Model({"unet": described(self.unet)}, weights, self.schedule())
 
     def noise_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Return (C, H, W): the noise lives in pixel space."""
+        """Return (C, H, W): the noise lives in pixel space.
+
+        Raises:
+            InputError: the size cannot be halved from level to level.
+        """
+        factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if any(side % factor for side in size):
+            raise InputError(
+                f"images of {size[0]} × {size[1]} pixels: a U-Net of {len(self.unet.config.block_out_channels)} "
+                f"levels needs sides that are multiples of {factor}; set the size of the data to such, or give "
+                "the backbone fewer block_out_channels"
+            )
         return (self.image_channels, *size)
 
     def condition(self, mask: Tensor, image: Tensor | None = None) -> Tensor:

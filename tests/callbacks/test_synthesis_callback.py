@@ -265,6 +265,18 @@ def test_one_callback_may_write_two_sets(synthesize, weights, tmp_path):
     assert all(noted == true for noted, true in prints)
 
 
+def test_images_that_are_no_numbers_are_refused(synthesize, tmp_path, capsys):
+    class Diverged(Base):
+        def synthesize(self, request):
+            image, notes = super().synthesize(request)
+            image[1, 0, 2, 3] = torch.nan
+            return image, notes
+
+    with pytest.raises(InputError, match=r"samples 1: base .* no numbers.*--trainer\.precision"):
+        synthesize("diverged", Diverged())
+    assert not (tmp_path / "diverged" / "synthetic").exists()
+
+
 def test_rewards_are_named_and_applied(synthesize):
     values = {}
     for reward in ("ce", "bounded_ce"):

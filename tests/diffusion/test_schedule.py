@@ -51,12 +51,19 @@ def test_the_first_ten_of_fifty_are_no_schedule_of_ten():
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps(steps):
-    with pytest.raises(ValueError, match="1000"):
+    with pytest.raises(InputError, match="1000"):
         ddim_timesteps(steps)
 
 
+@pytest.mark.parametrize(("steps", "left_out"), [(600, 400), (501, 499), (334, 332)])
+def test_leading_steps_that_would_begin_amid_the_schedule(steps, left_out):
+    with pytest.raises(InputError, match=f"noisiest {left_out} of 1000"):
+        ddim_timesteps(steps)
+    assert ddim_timesteps(steps, spacing="trailing")[0][0] == 999
+
+
 def test_offset_beyond_the_schedule():
-    with pytest.raises(ValueError, match="offset 1"):
+    with pytest.raises(InputError, match="offset 1"):
         ddim_timesteps(1000, 1000, "leading", 1)
 
 

@@ -39,6 +39,13 @@ def test_training_loss_is_the_formula(batch, encoding, schedule):
     assert loss.item() == pytest.approx(F.mse_loss(predicted, batch["epsilon"]).item(), rel=1e-5)
 
 
+def test_sizes_that_cannot_be_halved_are_refused():
+    backbone = make_backbone(block_out_channels=(8, 8, 8))
+    assert backbone.noise_shape((16, 20)) == (3, 16, 20)
+    with pytest.raises(InputError, match=r"18 × 20 pixels.*3 levels.*multiples of 4"):
+        backbone.noise_shape((18, 20))
+
+
 def test_a_share_of_the_masks_is_hidden_in_training(batch):
     backbone = make_backbone(unconditional=0.5)
     x_t = DDPMScheduler(1000, 1e-4, 0.02, "linear").add_noise(batch["image"], batch["epsilon"], batch["t"])

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,6 +57,23 @@ def test_a_finished_run_that_is_resumed_hands_on_the_same(source, tmp_path):
     first = run()
     assert first[1] != 1
     assert run(tmp_path / "kept" / "last.ckpt") == first
+
+
+def test_the_scale_of_latents_in_half_precision(monkeypatch):
+    """A batch of 131,072 values, twice as many as half precision can count."""
+    source = PhantomSource("polyp", size=128, n_train=2, n_val=8, n_test=2)
+    samples = [source.dataset("val")[i]["image"] for i in range(8)]
+    batch = {"image": torch.stack(samples), "index": torch.arange(8)}
+    scales = []
+    for half in (False, True):
+        module = AutoencoderLitModule(make_autoencoder())
+        monkeypatch.setattr(module, "log", lambda *args, **options: None)
+        module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda total, reduce_op: total))
+        with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=half):
+            module.validation_step(batch, 0)
+            module.on_validation_epoch_end()
+        scales.append(module.autoencoder.config.scaling_factor)
+    assert scales[1] == pytest.approx(scales[0], rel=0.01)
 
 
 def test_loss_is_absolute_error_and_divergence(source):

@@ -457,6 +457,14 @@ def test_a_run_that_is_resumed_for_longer_learns_on(source, tmp_path):
     assert longer == pytest.approx([0.1 * (1 - step / 8) ** 0.9 for step in range(4, 8)])
 
 
+def test_the_average_follows_the_model_to_its_device(tmp_path):
+    module, average = Given([]), EMA()
+    average.setup(make_trainer(tmp_path), module, "fit")  # while the model is still on the CPU
+    module.to("meta")
+    average.on_fit_start(make_trainer(tmp_path), module)
+    assert {p.device.type for p in average._average_model.parameters()} == {"meta"}
+
+
 def test_a_monitor_beside_an_average_is_refused(source, tmp_path):
     trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[EMA(), ExportWeights(monitor="val/dsc")])
     with pytest.raises(InputError, match="monitor val/dsc would choose by the average"):

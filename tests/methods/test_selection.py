@@ -189,6 +189,13 @@ def test_gradient_is_that_of_a_trainable_copy(names):
     assert not ours.requires_grad
 
 
+def test_gradients_under_mixed_precision_are_those_without():
+    network, image, mask = anchor(), pictures([0]).bfloat16(), discs([0])  # as a VAE decodes them
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = parameter_gradient(network, image, mask, ce)
+    assert torch.equal(mixed, parameter_gradient(network, image.float(), mask, ce))
+
+
 def test_gradient_of_a_linear_network_in_closed_form():
     """Softmax regression in each pixel: ∂ℓ/∂W = mean of (p − onehot(y)) xᵀ."""
     torch.manual_seed(0)

@@ -46,6 +46,17 @@ def test_range_and_monotonicity(name, mask):
 
 
 @pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_neither_overflows_nor_rounds(name, dtype):
+    mask = torch.zeros(1, 300, 300, dtype=torch.long)
+    mask[:, :150] = 1
+    logits = right(mask, -2.0)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = REWARDS[name](logits, mask)
+    assert mixed.item() == pytest.approx(REWARDS[name](logits, mask).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", REWARDS)
 def test_samples_do_not_mix(name, logits, mask):
     together = REWARDS[name](logits, mask)
     alone = torch.cat([REWARDS[name](logits[i : i + 1], mask[i : i + 1]) for i in range(4)])
