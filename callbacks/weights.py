@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from callbacks.paths import in_run
+from datamodules.streams import optimiser_steps
 from errors import InputError
 from files import beside, put_in_place
 from networks.pretrained import save_pretrained
@@ -54,7 +55,8 @@ class ExportWeights(Callback):
                 "averaged; leave out the monitor, or the averaging callback"
             )
 
-        steps = getattr(trainer.datamodule, "steps_per_epoch", 0)  # type: ignore[attr-defined]
+        batches = getattr(trainer.datamodule, "steps_per_epoch", 0)  # type: ignore[attr-defined]
+        steps = optimiser_steps(trainer, batches)
         rest = trainer.max_steps % steps if steps and trainer.max_steps > steps else 0
         if self.monitor is not None and stage == "fit" and rest:
             raise InputError(

@@ -5,6 +5,7 @@ long as runs with less. Item n picks its sample and its augmentation from a gene
 that a resumed run, or one on another number of devices, sees the same stream.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,6 +84,11 @@ class StreamSampler(DistributedSampler[int]):
         return self.length // self.world
 
 
+def optimiser_steps(trainer: Any, batches: int) -> int:
+    """Return the steps of the optimiser in an epoch of ``batches``; its last one may gather fewer of them."""
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
 def stream_sampler(trainer: Any, batch_size: int, steps: int) -> StreamSampler:
     """Return the sampler of a stream that gives every device ``batch_size`` items a step.
 
@@ -96,6 +102,7 @@ def stream_sampler(trainer: Any, batch_size: int, steps: int) -> StreamSampler:
     items = batch_size * trainer.world_size
 
     def start() -> int:
-        return items * trainer.global_step * trainer.accumulate_grad_batches
+        epochs, rest = divmod(trainer.global_step, optimiser_steps(trainer, steps))
+        return items * (epochs * steps + rest * trainer.accumulate_grad_batches)
 
     return StreamSampler(items * steps, start, trainer.global_rank, trainer.world_size)

@@ -58,8 +58,8 @@ def ddim_timesteps(
         offset: added to every t under ``leading``.
 
     Raises:
-        InputError: ``steps`` is not in 1 … ``train_steps``, a timestep falls outside the schedule, or more than
-            a tenth of it, its noisiest part, would be left out, as ``leading`` does where T / steps is rounded.
+        InputError: ``steps`` is not in 1 … ``train_steps``, a timestep falls outside the schedule, or
+            ``leading``, which rounds T / steps down, would leave out more than the noisiest tenth of it.
     """
     if not 1 <= steps <= train_steps:
         raise InputError(f"{steps} DDIM steps of a schedule with {train_steps}: choose 1 to {train_steps}")
@@ -67,8 +67,8 @@ def ddim_timesteps(
         covered = train_steps // steps * steps
         if covered < 0.9 * train_steps:
             raise InputError(
-                f"{steps} DDIM steps with leading spacing would leave out the noisiest {train_steps - covered} "
-                f"of {train_steps} timesteps; choose a divisor of {train_steps}, such as 50"
+                f"{steps} DDIM steps with leading spacing would leave out the noisiest "
+                f"{train_steps - covered} of {train_steps} timesteps; choose a divisor of {train_steps}"
             )
         times = [i * (train_steps // steps) + offset for i in reversed(range(steps))]
     elif spacing == "trailing":
@@ -77,8 +77,8 @@ def ddim_timesteps(
         times = torch.linspace(train_steps - 1, 0, steps).round().int().tolist()
     if times[0] >= train_steps:
         raise InputError(
-            f"{steps} DDIM steps with offset {offset} would begin at t = {times[0]}, beyond {train_steps - 1}; "
-            "choose fewer"
+            f"{steps} DDIM steps with offset {offset} would begin at t = {times[0]}, beyond "
+            f"{train_steps - 1}; choose fewer"
         )
     return list(zip(times, [*times[1:], -1], strict=True))
 

@@ -165,9 +165,9 @@ class SynthesisLitModule(L.LightningModule):
         wrong = index[~image.isfinite().flatten(1).all(1)].tolist()
         if wrong:
             raise InputError(
-                f"samples {', '.join(map(str, wrong))}: {self.method.name} gives images with values that are no "
-                f"numbers, by precision {self.trainer.precision}; take --trainer.precision=32-true (a VAE can "
-                "overflow in half precision), or look whether a trained network has diverged"
+                f"samples {', '.join(map(str, wrong))}: {self.method.name} gives images with values that are "
+                f"no numbers, by precision {self.trainer.precision}; take --trainer.precision=32-true (a VAE "
+                "can overflow in half precision), or look whether a trained network has diverged"
             )
 
     def _warm_up(self, batch: dict[str, Any]) -> None:

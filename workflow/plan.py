@@ -166,19 +166,21 @@ class Plan:
     def training_layers(self, method: str) -> list[Any]:
         """Return all settings that a method's network depends on: those of what it builds on too."""
         settings = self.methods[method]
-        return [settings["stage"], settings["training"], *self._before(method)]
+        facts = self._facts(method, "anchor")
+        return [settings["stage"], settings["training"], *facts, *self._before(method)]
 
     def method_layers(self, method: str) -> list[Any]:
         """Return all settings that a method's synthetic set depends on."""
         settings, trained = self.methods[method], self.trainer(method)
         own = [settings, *([trained["stage"], trained["training"]] if trained else [])]
-        facts = {
-            key: json.dumps(settings[key])
-            for key in ("anchor", "joined", "subset")
-            if settings[key] not in ("real", [], None)
-        }
         own += ["plain"] if self.of_plain(method) else []
-        return [*own, {"arguments": facts}, *self._before(method)]
+        return [*own, *self._facts(method, "anchor", "joined", "subset"), *self._before(method)]
+
+    def _facts(self, method: str, *names: str) -> list[Settings]:
+        """Return those of a method's settings, by name, that say what else it is made from."""
+        given = {name: self.methods[method][name] for name in names}
+        facts = {name: json.dumps(value) for name, value in given.items() if value not in ("real", [], None)}
+        return [{"arguments": facts}] if facts else []
 
     def _before(self, method: str) -> list[Any]:
         """Return all settings of what a method builds on."""

@@ -183,12 +183,13 @@ class SegDiff(Backbone):
         Raises:
             InputError: the size cannot be halved from level to level.
         """
-        factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        levels = len(self.unet.config.block_out_channels)
+        factor = 2 ** (levels - 1)
         if any(side % factor for side in size):
             raise InputError(
-                f"images of {size[0]} × {size[1]} pixels: a U-Net of {len(self.unet.config.block_out_channels)} "
-                f"levels needs sides that are multiples of {factor}; set the size of the data to such, or give "
-                "the backbone fewer block_out_channels"
+                f"images of {size[0]} × {size[1]} pixels: a U-Net of {levels} levels needs sides that are "
+                f"multiples of {factor}; set the size of the data to such, or give the backbone fewer "
+                "block_out_channels"
             )
         return (self.image_channels, *size)
 

@@ -228,9 +228,13 @@ class Run:
 
         Without any method there is none.
         """
-        if "highlight" in self.experiment:
+        if self.experiment.get("highlight"):
             return self.experiment["highlight"]
         return "miner" if "miner" in self.methods else self.methods[-1]
+
+    def budgets_of(self, method: str) -> list[float]:
+        """Return the budgets at which a method is compared."""
+        return own_budgets(self.experiment["methods"][method], self.experiment["budgets"])
 
     @property
     def many(self) -> bool:

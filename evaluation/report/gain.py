@@ -26,7 +26,8 @@ class Gain:
         cosine: cos ζ of that gradient to that of real images.
         whole: first-order gain γ⟨g_syn, g_real⟩ of the whole network, in units of the loss.
         last: that of the output layer.
-        retrained: by test set, ΔDSC to ``real`` in points at the largest budget, paired by seed.
+        retrained: by test set, ΔDSC to ``real`` in points at the largest budget, paired by seed; nothing
+            where the set is larger or smaller than that.
     """
 
     method: str
@@ -44,7 +45,7 @@ def gains(run: Run) -> list[Gain]:
     budget = max(run.experiment["budgets"])  # that of the set
     retrained: dict[str, dict[str, Spread]] = {}
     for d in paired_differences(run.rows, REAL):
-        if d.budget == budget:
+        if d.budget == budget == max(run.budgets_of(d.method)):
             retrained.setdefault(d.method, {})[d.test_set] = d.dsc
 
     def over_seeds(method: str, part: str, key: str) -> Spread:

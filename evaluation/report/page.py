@@ -153,10 +153,10 @@ def _described(run: Run, method: str, seed: int) -> dict[str, Any]:
 
 
 def _cards(run: Run) -> list[dict[str, str]]:
-    """Return the differences that the page opens with: of the mined arm, at budget 1 or the first."""
+    """Return the differences that the page opens with: of the mined arm, at budget 1 or its first."""
     if not run.methods:
         return []
-    budgets = run.experiment["budgets"]
+    budgets = run.budgets_of(run.mined)
     budget = 1 if 1 in budgets else budgets[0]
     return [
         {

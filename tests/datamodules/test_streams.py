@@ -78,10 +78,18 @@ def test_sampler_starts_where_the_training_stands():
     assert list(sampler) == list(range(6, 12))
     trainer.global_step = 5  # resumed within an epoch
     assert list(sampler) == list(range(10, 16))
-    trainer.accumulate_grad_batches = 4
-    assert next(iter(sampler)) == 40
     assert len(sampler) == 6
     assert list(stream_sampler(None, batch_size=2, steps=3)) == list(range(6))
+
+
+def test_every_batch_is_seen_where_several_make_a_step():
+    trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0, accumulate_grad_batches=2)
+    sampler = stream_sampler(trainer, batch_size=2, steps=5)  # steps of 2, 2 and 1 batches
+    seen = list(sampler)
+    trainer.global_step = 3
+    assert [*seen, *sampler] == list(range(20))
+    trainer.global_step = 4  # resumed within the second epoch
+    assert next(iter(sampler)) == 14
 
 
 # --------------------------------------------------------------------------------- augmentation

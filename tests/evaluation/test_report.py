@@ -20,7 +20,7 @@ from evaluation.report.collect import SET_KEYS, Run, own_budgets
 from evaluation.report.examples import EXAMPLES, example_grid
 from evaluation.report.figures import budget_figure
 from evaluation.report.inputs import CURVE_POINTS
-from evaluation.report.page import write
+from evaluation.report.page import _cards, write
 from evaluation.report.statistics import paired_differences, spread, summarise
 from evaluation.report.tables import as_markdown, as_text, headline_table, mean_sd, number
 
@@ -401,6 +401,16 @@ def test_a_method_may_have_budgets_of_its_own(tmp_path):
     assert "miner" in words(budget_figure(found))
     lines = [line[1] for line in headline_table(found).cells]
     assert lines[:3] == ["real", "base 1×", "miner 6×"]
+
+
+def test_the_page_opens_with_a_method_of_budgets_of_its_own(tmp_path):
+    run = make_run(tmp_path / "run", methods=("base", "all_plain"), budgets=(1, 8))
+    settings = yaml.safe_load((run / "experiment.yaml").read_text())
+    settings |= {"methods": {"base": None, "all_plain": {"budgets": [8]}}, "budgets": [1]}
+    settings["highlight"] = None  # the method that had it is gone
+    put(run / "experiment.yaml", yaml.safe_dump(settings, sort_keys=False))
+    assert Run.read(run).mined == "all_plain"
+    assert {card["title"] for card in _cards(Run.read(run))} == {"all_plain 8× − real"}
 
 
 def test_cap_is_the_one_the_miner_was_trained_with(run):

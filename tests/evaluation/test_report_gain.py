@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+import yaml
 from test_report import SEEDS, make_run, put, skip_drawing, words
 
 from errors import InputError
@@ -92,6 +93,17 @@ def test_seeds_without_a_gain_do_not_count(run, monkeypatch):
     assert gain_table(Run.read(run)).cells[0][3] == "+1.200 ± –"
     sets = json.loads((write(Run.read(run)).parent / "report.json").read_text())["synthetic_sets"]
     assert next(s for s in sets if (s["method"], s["seed"]) == ("b", 1))["gain"]["all"]["set"]["gain"] is None
+
+
+def test_a_set_of_another_size_is_not_held_against_the_budget(run):
+    settings = yaml.safe_load((run / "experiment.yaml").read_text())
+    settings["methods"]["d"] = {"budgets": [0.5, 1, 3]}
+    put(run / "experiment.yaml", yaml.safe_dump(settings))
+    for seed in SEEDS:
+        put(run / f"seed{seed}/d/3x/test.json", (run / f"seed{seed}/d/1x/test.json").read_text())
+    found = {g.method: g.retrained for g in gains(Run.read(run))}
+    assert found["d"] == {}
+    assert set(found["c"]) == {"test", "shift"}
 
 
 def test_none_without_gains(tmp_path):

@@ -434,6 +434,22 @@ def test_steps_that_no_validation_would_see_are_refused(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_batches_that_are_gathered_are_one_step(source, tmp_path):
+    def run(max_steps):
+        trainer = make_trainer(
+            tmp_path,
+            max_steps=max_steps,
+            accumulate_grad_batches=2,
+            callbacks=[ExportWeights(monitor="val/dsc")],
+        )
+        trainer.fit(Given([1.0] * 4), SegDataModule(source, batch_size=2, steps_per_epoch=3))
+        return trainer.global_step
+
+    assert run(4) == 4  # two epochs of 2 + 1 batches
+    with pytest.raises(InputError, match="no validation would see the last 1 steps, with one every 2"):
+        run(3)
+
+
 def test_a_run_that_is_resumed_for_longer_learns_on(source, tmp_path):
     """The learning rate decays to the end of the longer run; that of the shorter one had come to 0."""
 

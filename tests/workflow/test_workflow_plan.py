@@ -137,6 +137,15 @@ def test_contradictions_are_refused(settings, method, reason):
         Plan(settings)
 
 
+def test_a_network_trained_against_another_anchor_has_another_key(settings):
+    def key(anchor):
+        settings["methods"]["round_2"] = {"configs": [], "stage": "miner", "anchor": anchor}
+        plan = Plan(settings)
+        return plan.key(*plan.training_layers("round_2"))
+
+    assert len({key(anchor) for anchor in ("real", "base/1x", "base/3x")}) == 3
+
+
 def test_absent_stages_are_named(settings):
     del settings["stages"]["synthesis"], settings["stages"]["glance_scorer"]
     with pytest.raises(InputError, match="longtail: stages lacks glance_scorer, synthesis"):
