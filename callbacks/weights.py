@@ -61,7 +61,7 @@ class ExportWeights(Callback):
         if self.monitor is not None and stage == "fit" and rest:
             raise InputError(
                 f"trainer.max_steps {trainer.max_steps}: no validation would see the last {rest} steps, "
-                f"with one every {steps}; make it a multiple of data.steps_per_epoch"
+                f"with one every {steps}; make it a multiple of these, or change data.steps_per_epoch"
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

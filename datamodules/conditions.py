@@ -164,6 +164,10 @@ class GlanceDataModule(ConditionDataModule):
             raise InputError(f"n_val {n_val}: a correlation needs at least 8 masks held out")
         self.n_val = n_val
 
+    def real_mask(self, index: int) -> int:
+        """Return which real mask the one of this index varies."""
+        return index % self.n_real
+
     def val_dataloader(self) -> DataLoader:
         """Return the masks held out."""
         dataset = self._dataset(self.n_val, stream=2)

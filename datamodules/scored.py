@@ -90,6 +90,10 @@ class ScoredDataModule(L.LightningDataModule):
         """Index of every sample that training sees."""
         return [entry["index"] for entry in self.samples.samples.entries[: self.first_held_out]]
 
+    def real_mask(self, index: int) -> str:
+        """Return which real mask the sample of this place in the set was made for."""
+        return self.samples.samples.entries[index]["source_mask"]
+
     def everything(self, device: torch.device) -> list[dict[str, Any]]:
         """Return the whole set in batches."""
         loader = DataLoader(self.samples, batch_size=self.batch_size)

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
 from errors import InputError
 from evaluation.batches import BATCH, batches, ready
+from evaluation.ranks import spearman_within
 from files import write_atomically
 from methods.method import PROBE
 from networks.scorer import Scorer
@@ -112,7 +114,8 @@ def foresight(
 
     Returns:
         A row for each way: ``kind``, ``signal`` (ᾱ at the first call of a glance, else None), ``calls`` of
-        the backbone for a sample, and ``spearman``.
+        the backbone for a sample, ``spearman`` over all samples, and ``spearman_within`` the draws of one
+        real mask, which is what a choice goes by; None where no mask has three.
 
     Raises:
         InputError: the set was not made by Base, or by another backbone.
@@ -124,16 +127,22 @@ def foresight(
         finished.append(hardness.cpu())
         for look in looks(sampler, x_T, mask, anchor, scorer, reward):
             rows.setdefault((look.kind, look.signal, look.calls), []).append(look.values.cpu())
-    truth = torch.cat(finished).numpy()
-    return [
-        {
-            "kind": kind,
-            "signal": signal,
-            "calls": calls,
-            "spearman": float(spearmanr(torch.cat(values).numpy(), truth).statistic),
-        }
-        for (kind, signal, calls), values in rows.items()
-    ]
+    truth = torch.cat(finished).tolist()
+    masks = [entry["source_mask"] for entry in plain.entries]
+    found = []
+    for (kind, signal, calls), values in rows.items():
+        foretold = torch.cat(values).tolist()
+        within = spearman_within(foretold, truth, masks)
+        found.append(
+            {
+                "kind": kind,
+                "signal": signal,
+                "calls": calls,
+                "spearman": float(spearmanr(foretold, truth).statistic),
+                "spearman_within": within if math.isfinite(within) else None,
+            }
+        )
+    return found
 
 
 def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -166,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_atomically(options.output, json.dumps(facts | {"rows": rows}, indent=2) + "\n")
     for row in rows:
         where = "" if row["signal"] is None else f" from ᾱ = {row['signal']:g}"
-        print(f"{row['kind']}{where}, calls {row['calls']}: ρ = {row['spearman']:.2f}")
+        within = row["spearman_within"]
+        inside = "" if within is None else f", within a mask {within:.2f}"
+        print(f"{row['kind']}{where}, calls {row['calls']}: ρ = {row['spearman']:.2f}{inside}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Train the seed scorer: how hard will the finished sample be, from the backbone's first response?"""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from datamodules.streams import item_generator
 from diffusion.noise import NoiseStream
 from diffusion.sampler import SIGNAL
 from errors import InputError, require
+from evaluation.ranks import spearman_within
 from lightning_modules.checks import check_checkpoint, check_image_set, check_trained
 from lightning_modules.synthesis import CALIBRATION_SEED, SynthesisLitModule
 from methods.method import PROBE
@@ -26,7 +28,7 @@ from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS, Transform, reducible
 
 _FLIPS = 200  # stream of randomness, apart from those of the data
-_TEACHING_SEED = 2**34  # keeps the noise of training glances apart from all other noise at any seed below
+_TEACHING_SEED = 2**34  # keeps the noise of training glances apart from that of samples at any seed below
 
 
 class ScorerLitModule(SynthesisLitModule):
@@ -101,7 +103,7 @@ class ScorerLitModule(SynthesisLitModule):
         self.flip = flip
         self.optimizer = optimizer
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
-        self.validated: list[tuple[Tensor, Tensor]] = []
+        self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def scorer(self) -> Scorer:
@@ -217,12 +219,26 @@ class ScorerLitModule(SynthesisLitModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Keep predictions and targets of samples that training does not see."""
         response, target = self._read(batch, CALIBRATION_SEED)
-        self.validated.append((self.scorer(response, batch["mask"]).mean(0), target))
+        self.validated.append((self.scorer(response, batch["mask"]).mean(0), target, batch["index"]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log correlation, calibration, and what selecting by the prediction would bring."""
-        predicted, target = (torch.cat(values).float().cpu() for values in zip(*self.validated, strict=True))
+        """Log correlation, calibration, and what selecting by the prediction would bring.
+
+        ``val_within`` is Spearman's ρ inside of the samples of one real mask, averaged over masks: a choice
+        compares no others. It is logged where at least one mask has three samples held out.
+        """
+        parts = [torch.cat(values) for values in zip(*self.validated, strict=True)]
         self.validated.clear()
+        gathered: Any = self.all_gather(parts)
+        predicted, target, index = (part.flatten().cpu() for part in gathered)
+        index, order = index.sort(stable=True)
+        once = order[torch.cat([index.new_ones(1), index.diff()]) > 0]  # devices fill up their shares
+        predicted, target = predicted[once].float(), target[once].float()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        masks = [data.real_mask(i) for i in index.unique().tolist()]
+        within = spearman_within(predicted.tolist(), target.tolist(), masks)
+        if math.isfinite(within):
+            self.log("scorer/val_within", within)
         top = predicted.topk(max(1, len(predicted) // 8)).indices
         slope = torch.cov(torch.stack([predicted, target]))[0, 1] / predicted.var().clamp(min=1e-12)
         self.log_dict(

@@ -389,3 +389,14 @@ def test_two_processes_mine_as_one_does_with_twice_the_batch(runs, tmp_path):
     )
     before, single, double = (parameters_to_vector(net.parameters()) for net in (first, one, two))
     assert (single - double).norm() < 1e-2 * (single - before).norm()
+
+
+def test_two_processes_validate_a_scorer_as_one_does(runs, tmp_path):
+    """On all masks held out, of which neither process has more than half; 9 are not shared evenly."""
+    still = ["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.init_args.lr=0"]
+    args = [*frozen(runs, steps=2), *still, "--data.init_args.n_val=9"]
+    cli.main(command("fit", "glance_scorer", tmp_path / "one", *short(2, batch=4), *args))
+    two_processes(command("fit", "glance_scorer", tmp_path / "two", *short(2, batch=2), *args))
+    one, two = (training_facts(tmp_path / name / "weights")["validation"] for name in ("one", "two"))
+    assert {"scorer/val_pearson", "scorer/val_top_eighth"} <= set(one)
+    assert two == pytest.approx(one, rel=1e-3)

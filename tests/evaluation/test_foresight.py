@@ -20,6 +20,7 @@ def test_the_whole_schedule_foretells_all(plain_samples, weights):
         SyntheticSet(plain_samples), Sampler(backbone, 2), anchor, Scorer(width=4, inputs="noise").eval()
     )
     by_kind = {(row["kind"], row["signal"], row["calls"]): row["spearman"] for row in rows}
+    assert all(row["spearman_within"] is None for row in rows)  # two samples of each of six masks
     assert by_kind["estimate", None, 2] > 0.97  # only rounding to 8 bits lies between
     assert [key for key in by_kind if key[0] == "estimate"] == [("estimate", None, 1), ("estimate", None, 2)]
     assert len([key for key in by_kind if key[0] == "glance"]) == len(SIGNALS) * len(GLANCES)
