@@ -10,7 +10,6 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from diffusion.sampler import SIGNAL
 from diffusion.schedule import check_terminal, predict_x0
 from errors import InputError
 from networks.miner import Miner
@@ -109,7 +108,7 @@ def mined_latents(
         response = probe
     else:
         alphas = pipeline.scheduler.alphas_cumprod
-        start = int((alphas >= SIGNAL).sum()) - 1 if miner.inputs == "glance" else None
+        start = int((alphas >= miner.signal).sum()) - 1 if miner.inputs == "glance" else None
         predicted, alpha_bar = initial_epsilon(pipeline, probe, start, **call)
         if miner.inputs == "score":
             response = -predicted / (1 - alpha_bar).sqrt()

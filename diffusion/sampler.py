@@ -9,12 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.backbones.backbone import Backbone
 from diffusion.schedule import add_noise, check_terminal, ddim_timesteps, predict_x0
-from networks.response import Response
+from networks.response import SIGNAL, Reader
 
 GradientMode = Literal["stop", "full"]
-
-SIGNAL = 0.02
-"""ᾱ at which a glance reads the noise by default."""
 
 
 class Sampler:
@@ -92,14 +89,14 @@ class Sampler:
         eps = checkpoint(self.epsilon, x_T, self.pairs[0][0], condition, use_reentrant=False)
         return -eps / (1 - self.terminal_alpha) ** 0.5
 
-    def response(self, x_T: Tensor, condition: Any, kind: Response) -> Tensor:
+    def response(self, x_T: Tensor, condition: Any, reader: Reader) -> Tensor:
         """Return what a network reads of initial noise, like ``x_T`` and differentiable in it."""
-        if kind == "noise":
+        if reader.inputs == "noise":
             return x_T
-        if kind == "score":
+        if reader.inputs == "score":
             return self.initial_score(x_T, condition)
-        if kind == "glance":
-            return self.glance(x_T, condition, 1, "full").clamp(-3, 3)
+        if reader.inputs == "glance":
+            return self.glance(x_T, condition, 1, "full", reader.signal).clamp(-3, 3)
         return self.rollout(x_T, condition, 1, "full").clamp(-3, 3)
 
     @torch.no_grad()

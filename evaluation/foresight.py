@@ -70,7 +70,7 @@ def looks(
             latent = sampler.glance(x_T, condition, calls, signal=signal)
             yield Look("glance", signal, calls, judged(latent))
     if scorer is not None:
-        response = sampler.response(x_T, condition, scorer.inputs)
+        response = sampler.response(x_T, condition, scorer)
         yield Look("scorer", None, int(scorer.inputs != "noise"), scorer.predict(response, mask))
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from datamodules.sources import Source
-from diffusion.sampler import SIGNAL, GradientMode
+from diffusion.sampler import GradientMode
 from errors import InputError, require
 from lightning_modules.checks import check_checkpoint, check_image_set, check_trained
 from lightning_modules.synthesis import SynthesisLitModule
@@ -20,6 +20,7 @@ from methods.mined import NoiseMode, draw, propose
 from networks.gaussian import ShiftedGaussian
 from networks.miner import Miner
 from networks.pretrained import frozen, load_pretrained
+from networks.response import SIGNAL
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.nativeness import controlled_beta, next_log_beta, overlap, score_function
@@ -52,7 +53,7 @@ class MinerLitModule(SynthesisLitModule):
         truncate: calls of the backbone in a training rollout, of ``steps``.
         glance: 0, or the calls of a glance (:meth:`Sampler.glance`) that takes the rollout's place: it
             shows nearly the finished image, at a fraction of the calls.
-        signal: ᾱ at which a glance reads the noise.
+        signal: ᾱ at which a glance reads the noise, be it climbed or read by the miner, which remembers it.
         gradient: ``stop`` (the paper's temporal stop-gradient), ``full`` (through the backbone), or
             ``score_function`` (REINFORCE with antithetic draws; no gradient of anything frozen).
         noise: ``fresh`` (the paper's) or ``paired``.
@@ -108,11 +109,15 @@ class MinerLitModule(SynthesisLitModule):
         super().__init__(backbone, anchor, Base(), reward, steps, seed, signal)
         channels = self.backbone.noise_shape((64, 64))[0]
         network = load_pretrained(weights, Miner).train() if weights else miner or Miner(channels)
+        if weights and miner:
+            miner.begin_at(network.signal)
         if weights and miner and network.settings() != miner.settings():
             raise InputError(
                 f"model.weights {weights}: holds another architecture than model.miner "
                 f"({network.settings()}, not {miner.settings()}); set model.miner to match, or leave it out"
             )
+        if not weights and network.signal == SIGNAL:
+            network.begin_at(signal)
         fix = f"choose 1 to {steps} of the {steps} model.steps"
         require(1 <= truncate <= steps, "model.truncate", truncate, fix)
         require(glance >= 0, "model.glance", glance, "choose at least 1 call of the backbone, or 0")
@@ -192,7 +197,7 @@ class MinerLitModule(SynthesisLitModule):
     def _judge(self, x_T: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         """Return the reward of initial noises ``(B,)``, and the estimate that it was read from."""
         if self.scorer is not None:
-            response = self.sampler.response(x_T, request.condition, self.scorer.inputs)
+            response = self.sampler.response(x_T, request.condition, self.scorer)
             return self.scorer.predict(response, request.mask), None
         gradient: GradientMode = "full" if self.gradient == "full" else "stop"
         if self.glance:

@@ -15,7 +15,6 @@ from datamodules.scored import ScoredDataModule
 from datamodules.sources.source import Source
 from datamodules.streams import item_generator
 from diffusion.noise import NoiseStream
-from diffusion.sampler import SIGNAL
 from errors import InputError, require
 from evaluation.ranks import spearman_within
 from lightning_modules.checks import check_checkpoint, check_image_set, check_trained
@@ -23,6 +22,7 @@ from lightning_modules.synthesis import CALIBRATION_SEED, SynthesisLitModule
 from methods.method import PROBE
 from methods.seed_scorer import SeedScorer
 from networks.pretrained import frozen, load_pretrained
+from networks.response import SIGNAL
 from networks.scorer import Scorer
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS, Transform, reducible
@@ -49,7 +49,8 @@ class ScorerLitModule(SynthesisLitModule):
         reducible: λ, how much of the reference's loss is taken off.
         glance: calls of the backbone in a glance (:meth:`Sampler.glance`) that the target is read from; 0
             where finished images are at hand.
-        signal: ᾱ at which a glance reads the noise.
+        signal: ᾱ at which a glance reads the noise, be it that of the target or one that the scorer reads;
+            the scorer remembers it.
         flip: mirror response and mask at random while training.
         n: proposals a mask when predicting.
         steps: DDIM steps of the full schedule.
@@ -93,6 +94,8 @@ class ScorerLitModule(SynthesisLitModule):
                 f"model.scorer: reads {network.channels} channels and {network.num_classes} classes, "
                 f"{backbone} has {channels} and {self.backbone.num_classes}; set them to match"
             )
+        if not weights and network.signal == SIGNAL:
+            network.begin_at(signal)
         require(glance >= 0, "model.glance", glance, "choose at least 1 call of the backbone, or 0")
         self.started = weights is not None
         self.method = SeedScorer(network, n)
@@ -163,7 +166,7 @@ class ScorerLitModule(SynthesisLitModule):
         ]
         x_T = torch.cat([stream.draw(PROBE) for stream in streams]).to(self.device)
         condition = self.backbone.condition(mask)
-        response = self.sampler.response(x_T, condition, self.scorer.inputs)
+        response = self.sampler.response(x_T, condition, self.scorer)
         target = self.target(batch["image"], mask)
         for i, r, t in zip(batch["sample"].tolist(), response.half().cpu(), target.cpu(), strict=True):
             self.known[i] = (r, t)
@@ -175,7 +178,7 @@ class ScorerLitModule(SynthesisLitModule):
         x_T = request.noise.draw(PROBE)
         latent = self.sampler.glance(x_T, request.condition, self.glance)
         image = self.backbone.decode(latent).clamp(-1, 1)
-        response = self.sampler.response(x_T, request.condition, self.scorer.inputs)
+        response = self.sampler.response(x_T, request.condition, self.scorer)
         return response, self.target(image, request.mask), image
 
     def on_fit_start(self) -> None:

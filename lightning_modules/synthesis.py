@@ -10,11 +10,12 @@ from torch import Tensor
 from datamodules.sources import Source
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
-from diffusion.sampler import SIGNAL, Sampler
+from diffusion.sampler import Sampler
 from errors import InputError, require
 from lightning_modules.checks import check_image_set
 from methods import Method, Preparation, Request
 from networks.pretrained import frozen
+from networks.response import SIGNAL
 from networks.segmenter import Segmenter
 from objectives.rewards import REWARDS, require_reward
 

@@ -17,7 +17,7 @@ NoiseMode = Literal["fresh", "paired"]
 def propose(miner: Miner, request: Request, probe: Tensor) -> ShiftedGaussian:
     """Return the distribution that the miner proposes for a probe x̂_T: response → (Δμ, ΔΣ)."""
     with torch.no_grad():
-        response = request.sampler.response(probe, request.condition, miner.inputs)
+        response = request.sampler.response(probe, request.condition, miner)
     return miner(response, request.mask)
 
 

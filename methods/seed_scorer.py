@@ -59,7 +59,7 @@ class SeedScorer(Method):
             if self.miner is not None:
                 shifted = propose(self.miner, request, x_T)
                 x_T, kl = draw(shifted, x_T, self.keep_norm), shifted.kl()
-            response = sampler.response(x_T, condition, self.scorer.inputs)
+            response = sampler.response(x_T, condition, self.scorer)
             proposals.append(x_T)
             divergences.append(kl)
             predictions.append(self.scorer.predict(response, request.mask))

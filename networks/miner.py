@@ -1,7 +1,6 @@
 """The Adversariality Miner: initial score in, shift of the initial noise out."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from networks.gaussian import ShiftedGaussian
-from networks.pretrained import Pretrained
-from networks.response import Response
+from networks.response import SIGNAL, Reader, Response
 
 # Width of the two heads by noise channels, as the authors publish it (Supplementary Table B.1); with
 # these the miner has 8,387,422 / 8,387,822 / 8,386,964 parameters at C = 4 / 3 / 1.
@@ -63,7 +61,7 @@ def _head(width: int, hidden: int, channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), nn.SiLU(), last)
 
 
-class Miner(Pretrained):
+class Miner(Reader):
     """M_ξ, the Res-UNet that shifts the initial noise of a frozen diffusion model.
 
     The last convolution of both heads starts at zero, so that an untrained miner returns exactly the
@@ -81,6 +79,7 @@ class Miner(Pretrained):
         inputs: what the network reads of the probe noise: ``score`` as the paper does, ``estimate``,
             ``glance`` or ``noise``.
         num_classes: classes of the mask that is read beside it; 0 reads none, as the paper does.
+        signal: ᾱ at which a glance begins; the stage that trains the network sets it to its own.
     """
 
     @register_to_config
@@ -95,14 +94,13 @@ class Miner(Pretrained):
         variance_bound: float = 0.95,
         inputs: Response = "score",
         num_classes: int = 0,
+        signal: float = SIGNAL,
     ) -> None:
         super().__init__()
         if not 0 <= variance_bound < 1:
             raise InputError(f"variance_bound {variance_bound}: must be at least 0 and below 1")
-        if inputs not in get_args(Response):
-            raise InputError(f"inputs {inputs!r}: choose one of {', '.join(get_args(Response))}")
         self.channels = channels
-        self.inputs: Response = inputs
+        self._reads(inputs, signal)
         self.num_classes = num_classes
         self.pooled_levels = pooled_levels
         self.variance_bound = variance_bound

@@ -1,15 +1,12 @@
 """The seed scorer: first response of the backbone in, expected difficulty of the finished sample out."""
 
-from typing import get_args
-
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from errors import InputError
-from networks.pretrained import Pretrained
-from networks.response import Response
+from networks.response import SIGNAL, Reader, Response
 
 
 def _member(inputs: int, width: int) -> nn.Sequential:
@@ -28,7 +25,7 @@ def _mean_inside(x: Tensor, inside: Tensor) -> Tensor:
     return (x * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1e-6)
 
 
-class Scorer(Pretrained):
+class Scorer(Reader):
     """An ensemble of small regressors from (first response, mask) to the difficulty of the sample.
 
     The prediction is standardised: mean 0 and variance 1 over the plain samples it was trained on;
@@ -40,6 +37,7 @@ class Scorer(Pretrained):
         inputs: which response is read: ``glance``, ``estimate``, ``score`` or ``noise``.
         width: features of the first layer, a multiple of 4.
         members: regressors whose predictions are averaged.
+        signal: ᾱ at which a glance begins; the stage that trains the network sets it to its own.
     """
 
     offset: Tensor
@@ -53,17 +51,16 @@ class Scorer(Pretrained):
         inputs: Response = "estimate",
         width: int = 24,
         members: int = 3,
+        signal: float = SIGNAL,
     ) -> None:
         super().__init__()
-        if inputs not in get_args(Response):
-            raise InputError(f"inputs {inputs!r}: choose one of {', '.join(get_args(Response))}")
         if width < 4 or width % 4:
             raise InputError(f"width {width}: must be a multiple of 4")
         if members < 1:
             raise InputError(f"members {members}: must be at least 1")
         self.channels = channels
         self.num_classes = num_classes
-        self.inputs: Response = inputs
+        self._reads(inputs, signal)
         read = channels + num_classes
         self.bodies = nn.ModuleList(_member(read, width) for _ in range(members))
         self.heads = nn.ModuleList(

@@ -82,7 +82,7 @@ def call(request):
     [
         {"inputs": "score"},
         {"inputs": "estimate", "num_classes": 2},
-        {"inputs": "glance"},
+        {"inputs": "glance", "signal": 0.1},
         {"inputs": "noise", "variance_bound": 0},
     ],
     ids=lambda settings: settings["inputs"],

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from conftest import make_miner, make_segmenter, make_trainer
 from datamodules import ConditionDataModule
 from errors import InputError
-from lightning_modules import MinerLitModule
+from lightning_modules import MinerLitModule, SynthesisLitModule
 from methods import Mined
 from methods.best_of import BestOfN
+from methods.method import PROBE
 from networks import Scorer
+from networks.miner import Miner
 from networks.pretrained import save_pretrained
 from objectives.rewards import bounded_ce
 
@@ -119,10 +121,25 @@ def test_climbing_a_scorer_has_its_gradient_at_one_call(weights, batch, tmp_path
     assert module.sampler.calls - before == 3 * (1 + calls)  # probe; response, and again in the backward pass
     request = module.request(batch, 2**32)
     x_T, _, _ = module.method.shift(request)
-    response = module.sampler.response(x_T, request.condition, inputs)
+    response = module.sampler.response(x_T, request.condition, module.scorer)
     expected = gradient(module, module.scorer.predict(response, batch["mask"]).mean())
     assert (ours - expected).norm() < 1e-4 * expected.norm()
     assert expected.norm() > 0
+
+
+def test_a_network_reads_glances_where_it_has_learnt_to(weights, batch, tmp_path):
+    """In synthesis too, where nobody says so again."""
+    settings = {"channels": 3, "base_width": 8, "multipliers": (1, 2), "head_width": 8, "inputs": "glance"}
+    module = mining(weights, signal=0.3, miner=Miner(**settings), noise="paired")
+    save_pretrained(module.miner, tmp_path / "miner", {})
+    assert mining(weights, signal=0.3, miner=Miner(**settings), weights=str(tmp_path / "miner")).started
+    method = Mined(str(tmp_path / "miner"), noise="paired")
+    request = SynthesisLitModule(weights.backbone, weights.segmenter, method, steps=4).request(batch)
+    x_T = request.noise.draw(PROBE)
+    response = request.sampler.response(x_T, request.condition, method.miner)
+    expected = request.sampler.glance(x_T, request.condition, 1, signal=0.3).clamp(-3, 3)
+    assert torch.equal(response, expected)
+    assert not torch.equal(response, request.sampler.glance(x_T, request.condition, 1).clamp(-3, 3))
 
 
 def test_elites_are_learnt_by_likelihood(weights, batch):
