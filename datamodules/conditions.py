@@ -22,7 +22,7 @@ def vary(
 
     Args:
         mask: int64 class map ``(H, W)``.
-        image: ``(C, H, W)``; what a smaller one leaves empty is filled by reflection.
+        image: ``(C, H, W)``; what a smaller one leaves empty is filled by reflection, as in its mask.
         rng: source of the randomness.
         flip: mirror left to right with probability ½.
         scale: the factor is drawn log-uniformly from [1/(1 + scale), 1 + scale]; 0 leaves the size.
@@ -32,10 +32,14 @@ def vary(
     factor = float((1 + scale) ** rng.uniform(-1, 1))
     theta = torch.tensor([[[1 / factor, 0.0, 0.0], [0.0, 1 / factor, 0.0]]])
     grid = F.affine_grid(theta, [1, 1, *mask.shape], align_corners=False)
-    scaled = F.grid_sample(mask[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].long()
+
+    def resampled(x: Tensor, mode: str) -> Tensor:
+        return F.grid_sample(x[None], grid, mode=mode, padding_mode="reflection", align_corners=False)[0]
+
+    scaled = resampled(mask[None].float(), "nearest")[0].long()
     if not torch.equal(scaled.unique(), mask.unique()):
         return mask, image
-    return scaled, F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
+    return scaled, resampled(image, "bilinear")
 
 
 class ConditionDataset(Dataset[dict[str, Any]]):

@@ -191,6 +191,16 @@ def test_vary_keeps_the_classes_and_the_image_aligned():
     assert min(agreement) > 0.9
 
 
+def test_vary_goes_on_at_the_border_in_mask_and_image_alike():
+    mask = torch.zeros(32, 32, dtype=torch.long)
+    mask[:12, 10:26] = 1  # an object that the picture cuts
+    for n in range(30):
+        varied, image = vary(mask, picture_of(mask), item_generator(0, n), flip=True, scale=0.3)
+        assert varied[0].any()
+        assert ((image[0] + 1).round() == varied).float().mean() > 0.95
+        assert varied[0].sum() == varied[5].sum()
+
+
 def test_vary_without_variation():
     mask = Labelled()[0]["mask"]
     image = picture_of(mask)
