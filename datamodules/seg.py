@@ -132,7 +132,10 @@ class SegDataModule(L.LightningDataModule):
         self.n_synthetic = 0
 
     def setup(self, stage: str) -> None:
-        """Read what the stage needs; every problem with the data is raised here."""
+        """Read what the stage needs; every problem with the data is raised here.
+
+        Training reads the test sets too: what is wrong there is known before, and not after it.
+        """
         if stage in ("fit", "validate"):
             self.val = _Numbered(self.source, "val")
         if stage == "predict" and self.images is not None:
@@ -145,6 +148,8 @@ class SegDataModule(L.LightningDataModule):
             self.predicted = {**self.tests}
         if stage == "fit":
             self._check_reader()
+            for name in self.source.test_splits:
+                self.source.dataset(name)
             real = self.source.dataset("train")
             self.n_real = len(real)  # type: ignore[arg-type]
             if self.max_real is not None and self.max_real < self.n_real:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.utils import parameters_to_vector
 
 import cli
@@ -267,6 +268,37 @@ def test_missing_weights(runs, tmp_path):
     ]
     arguments = command("predict", "synthesis", tmp_path / "run", *frozen(runs), *mined)
     refused(tmp_path / "run", arguments, tmp_path / "nowhere")
+
+
+def test_a_bad_mask_of_another_hospital_is_found_before_training(tmp_path):
+    for place in ("here", "there"):
+        for folder in ("images", "masks"):
+            (tmp_path / place / folder).mkdir(parents=True)
+        for i in range(6):
+            level = 255 * (i % 2)
+            Image.new("RGB", (32, 32), (level, 9, 9)).save(tmp_path / place / "images" / f"{i}.png")
+            Image.new("L", (32, 32), i % 2).save(tmp_path / place / "masks" / f"{i}.png")
+    Image.new("L", (32, 32), 7).save(tmp_path / "there" / "masks" / "5.png")
+    source = {
+        "class_path": "FolderSource",
+        "init_args": {
+            "name": "own",
+            "root": str(tmp_path / "here"),
+            "size": 32,
+            "channels": 3,
+            "class_names": ["background", "lesion"],
+            "threshold": None,
+            "fractions": {"train": 0.5, "val": 0.25, "test": 0.25},
+            "tests": {"elsewhere": {"root": str(tmp_path / "there")}},
+        },
+    }
+    data = tmp_path / "own.yaml"
+    data.write_text(json.dumps({"data": {"init_args": {"source": source}}}))
+    files = [f"--config={CONFIGS / name}.yaml" for name in ("stages/segmenter", SEGMENTER)]
+    run = [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu", *short(2)]
+    with pytest.raises(InputError, match=r"there/masks/5\.png"):
+        cli.main(["fit", files[0], f"--config={data}", files[1], *run])
+    assert not (tmp_path / "run").exists()
 
 
 def test_segmenter_for_other_channels(tmp_path):
