@@ -1,8 +1,10 @@
 """Files and folders that are either whole or absent."""
 
+import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -30,3 +32,12 @@ def put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, folder)
+
+
+def finite(value: Any) -> Any:
+    """Return None for a number that JSON has not, NaN or infinite, also inside lists and mappings."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -44,12 +44,13 @@ class PreviewGrid(Callback):
     def __init__(self, every_n_steps: int = 200, count: int = 6) -> None:
         self.every_n_steps = every_n_steps
         self.count = count
+        self.drawn = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draw every few hundred steps."""
-        if trainer.global_step % self.every_n_steps == 0:
+        """Draw every few hundred steps, once where several batches make a step."""
+        if trainer.global_step != self.drawn and trainer.global_step % self.every_n_steps == 0:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,6 +58,7 @@ class PreviewGrid(Callback):
         self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.drawn = trainer.global_step
         logger = trainer.logger
         if not trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
             return

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from callbacks.paths import in_run
 from evaluation.metrics import SegmentationScore
 from evaluation.protocols import LABELS, OVERLAPS
-from files import write_atomically
+from files import finite, write_atomically
 
 
 class ScoreWriter(Callback):
@@ -42,7 +42,7 @@ class ScoreWriter(Callback):
                 "segmenter_fingerprint": pl_module.segmenter.fingerprint(),
                 **pl_module.training_facts,
                 "protocol": pl_module.test_scores[0].protocol,
-                "test_sets": means,
+                "test_sets": finite(means),
             }
             write_atomically(in_run(trainer, self.path), json.dumps(report, indent=2) + "\n")
             lines = [

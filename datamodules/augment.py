@@ -15,6 +15,7 @@ from monai.transforms import (
     RandScaleIntensityFixedMeand,
     RandShiftIntensityd,
     RandSimulateLowResolutiond,
+    RandZoomd,
     Transform,
 )
 from monai.utils import convert_to_tensor
@@ -45,10 +46,10 @@ def _transforms(level: Level) -> list[Transform]:
             RandAffined(
                 both, prob=0.2, rotate_range=np.pi, mode=["bilinear", "nearest"], padding_mode="border"
             ),
-            RandAffined(
-                both, prob=0.2, scale_range=(-0.3, 0.4), mode=["bilinear", "nearest"], padding_mode="border"
+            RandZoomd(
+                both, prob=0.2, min_zoom=0.7, max_zoom=1.4, mode=["bilinear", "nearest"], padding_mode="edge"
             ),
-            RandGaussianNoised(image, prob=0.1, std=0.3 * GREY_SPREAD),
+            RandGaussianNoised(image, prob=0.1, std=0.1 * GREY_SPREAD),
             RandGaussianSmoothd(image, prob=0.2, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0)),
             RandScaleIntensityd(image, prob=0.15, factors=0.25),
             RandScaleIntensityFixedMeand(image, prob=0.15, factors=0.25, preserve_range=True),
@@ -63,7 +64,7 @@ def _transforms(level: Level) -> list[Transform]:
             both,
             prob=0.3,
             rotate_range=np.pi,
-            scale_range=0.3,
+            scale_range=0.3,  # of one number MONAI scales the first axis alone
             mode=["bilinear", "nearest"],
             padding_mode="border",
         ),
@@ -79,8 +80,8 @@ class Augmentation:
 
     Args:
         level: ``none``; ``flip`` for generative training, where changed colours would be learnt;
-            ``full`` for segmentation: flips, rotation and scale, noise, brightness, contrast, gamma;
-            ``nnunet`` for segmentation: nnU-Net v2's list with its probabilities.
+            ``full`` for segmentation: flips, rotation, height times 0.7 to 1.3, noise, brightness, contrast,
+            gamma; ``nnunet`` for segmentation: nnU-Net v2's list with its probabilities and ranges.
     """
 
     def __init__(self, level: Level = "full") -> None:

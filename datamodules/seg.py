@@ -15,6 +15,7 @@ from datamodules.sources.synthetic import SyntheticSet
 from datamodules.streams import StreamDataset, Transform, stream_sampler
 from errors import InputError
 from networks.normalisation import check_channels
+from networks.segmenter import Segmenter
 
 
 def _share(total: int, parts: int, place: int) -> int:
@@ -167,7 +168,7 @@ class SegDataModule(L.LightningDataModule):
                 self.streams["synthetic"] = ConcatDataset(sets)
 
     def _check_reader(self) -> None:
-        """Raise unless what is trained takes images as they are normalised here."""
+        """Raise unless what is trained takes images as they are cut and normalised here."""
         if self.normalisation is None or self.trainer is None:
             return
         segmenter = getattr(self.trainer.lightning_module, "segmenter", None)
@@ -177,6 +178,10 @@ class SegDataModule(L.LightningDataModule):
                 f"{getattr(segmenter, 'normalisation', None)}; give both the same normalisation, as a plan "
                 "does, or choose another augmentation"
             )
+        cut = self.augmentation.patch_size if isinstance(self.augmentation, NNUNetAugmentation) else None
+        wrong = segmenter.misfit(cut) if cut is not None and isinstance(segmenter, Segmenter) else None
+        if wrong:
+            raise InputError(f"data.patch_size: cuts {wrong}; set it to match")
 
     def _read_synthetic(self, folder: str, count: int | None) -> SyntheticSet:
         dataset = SyntheticSet(folder, count)

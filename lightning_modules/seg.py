@@ -96,6 +96,8 @@ class SegLitModule(L.LightningModule):
     def check_data(self, source: Source, whole: bool = False) -> None:
         """Raise unless the segmenter fits the images; ``whole`` if it sees them so, however it infers."""
         check_image_set(source, self.segmenter, "model.segmenter", whole or self.inference == "whole")
+        if self.inference != "whole" and (wrong := self.segmenter.misfit(self.segmenter.patch_size)):
+            raise InputError(f"model.segmenter: its windows are {wrong}; set its patch_size to match")
 
     def check_trained(self, ckpt_path: str | Path | None) -> None:
         """Raise unless there are weights to score or to predict with, or a checkpoint is to be loaded."""

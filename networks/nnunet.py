@@ -9,6 +9,7 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
+from errors import InputError
 from networks.nnunet_plan import stage_features, topology
 from networks.normalisation import check_channels, normalise
 from networks.segmenter import Segmenter
@@ -75,6 +76,10 @@ class NNUNet(Segmenter):
         self.normalisation = normalisation
         strides = pooling_strides(patch_size) if strides is None else [tuple(pair) for pair in strides]
         stages = len(strides)
+        if stages < 2:
+            raise InputError(
+                f"patch_size {patch_size[0]} × {patch_size[1]}: too small to be halved once; choose 8 or more"
+            )
         self.network = PlainConvUNet(
             input_channels=in_channels,
             n_stages=stages,
@@ -95,6 +100,8 @@ class NNUNet(Segmenter):
         self.network.apply(InitWeights_He(1e-2))
         _forget_aliases(self.network)
         self.deep_supervision = deep_supervision
+        if not deep_supervision:
+            self.network.decoder.seg_layers[:-1].requires_grad_(False)  # DDP waits for their gradients
         height, width = (2 ** sum(stride[axis] == 2 for stride in strides) for axis in (0, 1))
         self.divisor = (height, width)
 

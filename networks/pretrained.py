@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
@@ -49,7 +50,7 @@ class Pretrained(ModelMixin, ConfigMixin):
         digest = hashlib.sha256(description.encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

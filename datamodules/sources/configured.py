@@ -42,8 +42,8 @@ _GIVE = "give a file such as those of configs/data, or the config.yaml that a fi
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _over(merged[key], value) if both else value
-    return merged
+    """Return the settings of a source over others as the command line takes them: argument by argument."""
+    if above.get("class_path", below.get("class_path")) != below.get("class_path"):
+        return above
+    arguments = {**below.get("init_args", {}), **above.get("init_args", {})}
+    return {**below, **above, "init_args": arguments}

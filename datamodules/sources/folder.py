@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from datamodules.sources.labels import lookup
@@ -204,7 +204,7 @@ class FolderDataset(Dataset[Sample]):
         self._images = [image for image, _, _ in decoded]
         self._masks = [mask for _, mask, _ in decoded]
         if form.threshold is not None:
-            _check_threshold(pairs, [peak for _, _, peak in decoded], form.threshold)
+            _check_threshold(pairs, [levels for _, _, levels in decoded], form.threshold)
 
     def __len__(self) -> int:
         return len(self._stems)
@@ -395,14 +395,16 @@ def _is_file_name(line: str) -> bool:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Return a decoded image file.
+    """Return a decoded image file, upright as its EXIF tag says and viewers show it.
 
     Raises:
-        InputError: it cannot be decoded.
+        InputError: it cannot be decoded, or has several pages.
     """
     with decoding(path), Image.open(path) as file:
+        if (pages := getattr(file, "n_frames", 1)) > 1:
+            raise InputError(f"{path} has {pages} pages: save each as a file of its own")
         file.load()
-        return file.copy()
+        return ImageOps.exif_transpose(file)
 
 
 @contextmanager
@@ -414,8 +416,8 @@ def decoding(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be decoded ({error}): replace the file") from error
 
 
-def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, int]:
-    """Image uint8 ``(C, H, W)``, class map uint8 ``(H, W)``, and the largest value of the mask."""
+def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, tuple[int, ...]]:
+    """Image uint8 ``(C, H, W)``, class map uint8 ``(H, W)``, and the mask's largest values, up to three."""
     image, mask = open_image(pair.image), open_image(pair.mask)
     if image.size != mask.size:
         raise InputError(
@@ -433,7 +435,7 @@ def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, int]:
                 f"is {levels.max()}: correct the mask, remove the pair, or set allow_empty"
             )
     resized = Image.fromarray(classes).resize(form.size[::-1], Image.Resampling.NEAREST)
-    return to_levels(pair.image, image, form), np.asarray(resized), int(levels.max())
+    return to_levels(pair.image, image, form), np.asarray(resized), tuple(np.unique(levels)[-3:].tolist())
 
 
 def to_levels(path: Path, image: Image.Image, form: Format) -> Bytes:
@@ -485,11 +487,19 @@ def _classes(path: Path, levels: NDArray[np.int64], values: tuple[int, ...]) -> 
     return classes
 
 
-def _check_threshold(pairs: Sequence[Pair], peaks: Sequence[int], threshold: int) -> None:
-    """Refuse a split without any foreground: the masks are probably 0 and 1."""
-    brightest = int(np.argmax(peaks))
-    if peaks[brightest] <= threshold:
+def _check_threshold(pairs: Sequence[Pair], values: Sequence[tuple[int, ...]], threshold: int) -> None:
+    """Refuse a split without any foreground, and a mask of 0 and 1, say, among others of 0 and 255."""
+    brightest = max(range(len(values)), key=lambda i: values[i][-1])
+    peak = values[brightest][-1]
+    if peak <= threshold:
         raise InputError(
             f"{pairs[brightest].mask}: no pixel is above threshold {threshold}, here or in any other mask "
-            f"of the split; the largest value is {peaks[brightest]}: set threshold below it"
+            f"of the split; the largest value is {peak}: set threshold below it"
         )
+    for pair, found in zip(pairs, values, strict=True):
+        if len(found) == 2 and found[0] == 0 and found[1] <= threshold:  # noise has more values
+            raise InputError(
+                f"{pair.mask} is 0 and {found[1]}, {pairs[brightest].mask} goes up to {peak}: above "
+                f"threshold {threshold} the first has no object; save both alike, or set threshold below "
+                f"{found[1]}"
+            )

@@ -64,10 +64,23 @@ _TOTAL_ORGANS = {
     7: "pancreas",
     52: "aorta",
 }
-TOTALSEGMENTATOR = LabelMap.of_names(
-    "TotalSegmentator", {k: _TOTAL_ORGANS.get(k, "another structure") for k in range(118)}, CLASS_NAMES
-)
-LABEL_MAPS = {"synapse": PREPARED, "btcv": BTCV, "totalsegmentator": TOTALSEGMENTATOR}
+_TOTAL_ORGANS_V1 = {**{k: _TOTAL_ORGANS[k] for k in range(1, 7)}, 7: "aorta", 10: "pancreas"}
+
+
+def _total(name: str, organs: dict[int, str], values: int) -> LabelMap:
+    known = {k: organs.get(k, "another structure") for k in range(values)}
+    return LabelMap.of_names(name, known, CLASS_NAMES)
+
+
+TOTALSEGMENTATOR = _total("TotalSegmentator 2", _TOTAL_ORGANS, 118)
+TOTALSEGMENTATOR_V1 = _total("TotalSegmentator 1", _TOTAL_ORGANS_V1, 105)
+KnownLabels = Literal["synapse", "btcv", "totalsegmentator", "totalsegmentator_v1"]
+LABEL_MAPS = {
+    "synapse": PREPARED,
+    "btcv": BTCV,
+    "totalsegmentator": TOTALSEGMENTATOR,
+    "totalsegmentator_v1": TOTALSEGMENTATOR_V1,
+}
 TEST_CASES = ("0001", "0002", "0003", "0004", "0008", "0022", "0025", "0029", "0032", "0035", "0036", "0038")
 """The 12 test cases of TransUNet (Chen et al., 2021); its other 18 are for training."""
 KEYS = (("image", "label"), ("data", "seg"))
@@ -88,8 +101,9 @@ class SynapseTest(VolumeTest):
     Attributes:
         pairs: NIfTI files of each case, for files that are named in no form; without ``root`` they lie in the
             folder of the set.
-        label_map: of the pairs: ``synapse``, ``btcv``, ``totalsegmentator``, or a structure for each value on
-            file; structures that are no class are background.
+        label_map: of the pairs: ``synapse``, ``btcv``, ``totalsegmentator`` (the numbers of its version 2),
+            ``totalsegmentator_v1``, or a structure for each value on file; structures that are no class are
+            background.
     """
 
     pairs: Mapping[str, Pair] | None = None
@@ -108,8 +122,9 @@ class SynapseSource(VolumeSource):
         name: name of the set in reports.
         tests: further test sets by name.
         pairs: NIfTI files of each case, for files that are named in no form.
-        label_map: of the pairs: ``synapse``, ``btcv``, ``totalsegmentator``, or a structure for each value on
-            file; structures that are no class are background.
+        label_map: of the pairs: ``synapse``, ``btcv``, ``totalsegmentator`` (the numbers of its version 2),
+            ``totalsegmentator_v1``, or a structure for each value on file; structures that are no class are
+            background.
         options: those of :class:`~datamodules.sources.volumes.VolumeSource`.
 
     Raises:
@@ -125,7 +140,7 @@ class SynapseSource(VolumeSource):
         name: str | None = "synapse",
         tests: Mapping[str, SynapseTest] | None = None,
         pairs: Mapping[str, Pair] | None = None,
-        label_map: Literal["synapse", "btcv", "totalsegmentator"] | Mapping[int, str] = "synapse",
+        label_map: KnownLabels | Mapping[int, str] = "synapse",
         **options: Any,
     ) -> None:
         self._own = SynapseTest(pairs=pairs, label_map=label_map)

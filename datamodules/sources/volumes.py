@@ -2,7 +2,7 @@
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -401,8 +401,10 @@ class _SliceDataset(Dataset[Sample]):
         return Volume(part.case.id, n, len(self._positions[k]), slices.spacing)
 
 
-def _key(item: _Item) -> tuple[tuple[Path, ...], str, Spacing | None]:
-    return item.part.case.images, item.form.name, item.spacing
+def _key(item: _Item) -> tuple[Hashable, ...]:
+    """Return what tells apart what is read: the same images may have the labels of two readers."""
+    case, form = item.part.case, item.form
+    return case.images, case.labels, case.numbers, form.name, form.labels, item.spacing
 
 
 def _make(item: _Item, size: tuple[int, int]) -> Slices:

@@ -10,7 +10,8 @@ from typing import Any, Self
 import numpy as np
 import yaml
 
-from evaluation.report.inputs import finite, read_features, read_mapping, read_scalars
+from evaluation.report.inputs import read_features, read_mapping, read_scalars
+from files import finite
 from workflow.experiment import check_settings
 
 REAL = "real"

@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from evaluation.report.collect import REAL, Curve, Row, Run, arm_name
-from evaluation.report.inputs import finite
 from evaluation.report.statistics import spread, summarise
 from evaluation.report.style import DASHES, INK, RULE, SOFT, colour, marker, new_figure, rank, styled, to_svg
+from files import finite
 
 FEW = 6
 """Most methods that are drawn over each other, or named inside the axes."""

@@ -1,6 +1,5 @@
 """Read single files of a run."""
 
-import math
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,15 +74,6 @@ def read_scalars(logs: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
             points = evenly(logged, CURVE_POINTS)
             series.append((tag, np.array([p.step for p in points]), np.array([p.value for p in points])))
     return series
-
-
-def finite(value: Any) -> Any:
-    """Return None for a NaN or infinite number, also inside lists and mappings; anything else as it is."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -26,7 +26,7 @@ from evaluation.report.figures import (
     scores_figure,
 )
 from evaluation.report.gain import gain_figure, gain_table
-from evaluation.report.inputs import CURVE_POINTS, finite
+from evaluation.report.inputs import CURVE_POINTS
 from evaluation.report.sets import mode_accuracy, mode_figure, nativeness_figure, yardstick
 from evaluation.report.statistics import MIN_SEEDS, REFERENCES, paired_differences
 from evaluation.report.style import picture, swatch
@@ -39,7 +39,7 @@ from evaluation.report.tables import (
     number,
     synthetic_table,
 )
-from files import write_atomically
+from files import finite, write_atomically
 
 PACKAGES = ("torch", "lightning", "diffusers", "monai", "torchmetrics")
 """Packages that the numbers depend on."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.report.collect import REAL, Row, Run, arm_name
-from evaluation.report.inputs import finite
 from evaluation.report.statistics import (
     REFERENCES,
     YARDSTICK,
@@ -15,6 +14,7 @@ from evaluation.report.statistics import (
     spread,
     summarise,
 )
+from files import finite
 
 SET_FACTS = {
     "n": "images per seed",

@@ -1,6 +1,7 @@
 """Pictures in TensorBoard."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -58,6 +59,21 @@ def test_pictures_change_nothing(tmp_path):
         shown.segmenter.train(training)
         shown.preview(data.preview(2))
         assert shown.segmenter.training is training
+
+
+def test_a_picture_a_step_where_several_batches_make_one():
+    drawn = []
+
+    class Counted(PreviewGrid):
+        def _draw(self, trainer, pl_module):
+            super()._draw(trainer, pl_module)
+            drawn.append(trainer.global_step)
+
+    grid = Counted(every_n_steps=2)
+    for step in (0, 0, 1, 1, 2, 2, 2, 3, 4, 4):
+        trainer = SimpleNamespace(global_step=step, is_global_zero=False, logger=None)
+        grid.on_train_batch_end(trainer, None, None, None, 0)
+    assert drawn == [2, 4]
 
 
 def test_pictures_of_few_samples():

@@ -333,6 +333,56 @@ def test_threshold_above_all_masks(tmp_path):
     assert np.array_equal(mask.numpy(), square_mask(1))
 
 
+def test_masks_of_0_and_1_among_others(tmp_path):
+    write_set(tmp_path, "abcdefghij")
+    save(tmp_path / "masks" / "c.png", square_mask(1))
+    with refused("c.png is 0 and 1", "goes up to 255", "set threshold below 1"):
+        for name in ("train", "val", "test"):
+            FolderSource(str(tmp_path)).dataset(name)
+    noisy = square_mask(0)
+    noisy[0, :3] = 1, 2, 3  # an empty mask that was a JPEG
+    save(tmp_path / "masks" / "c.png", noisy)
+    source = FolderSource(str(tmp_path))
+    assert sum(len(source.dataset(name)) for name in ("train", "val", "test")) == 10
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(tmp_path, orientation):
+    """As a viewer shows them, and as their masks were drawn."""
+    write_set(tmp_path, "abcdefghij")
+    upright = np.repeat(square_mask(255)[..., None], 3, axis=2)
+    upright[:6] = 90
+    turns = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }
+    stored = Image.fromarray(np.ascontiguousarray(turns[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "images" / "c.png").unlink()
+    stored.save(tmp_path / "images" / "c.jpg", exif=exif, quality=95)
+    source = FolderSource(str(tmp_path), size=(24, 20))
+    sample = next(s for name in source.splits for s in source.dataset(name) if s["id"] == "c")
+    image = (sample["image"].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(image - upright).mean() < 5
+
+
+def test_files_of_several_pages_are_refused(tmp_path):
+    write_set(tmp_path, "abcdefghij")
+    (tmp_path / "images" / "c.png").unlink()
+    pages = [Image.new("RGB", (20, 24)) for _ in range(3)]
+    pages[0].save(tmp_path / "images" / "c.tif", save_all=True, append_images=pages[1:])
+    with refused("c.tif has 3 pages"):
+        for name in ("train", "val", "test"):
+            FolderSource(str(tmp_path)).dataset(name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [

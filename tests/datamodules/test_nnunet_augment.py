@@ -216,6 +216,15 @@ def test_the_network_must_normalise_alike(cardiac, tmp_path, network, reason):
         make_trainer(tmp_path, max_steps=1).fit(SegLitModule(network()), data)
 
 
+def test_patches_must_fit_the_network(cardiac, tmp_path):
+    data = SegDataModule(cardiac, augmentation="nnunetv2", patch_size=(20, 24))
+    with pytest.raises(InputError, match=r"data\.patch_size: cuts images of 20 × 24 pixels.*multiples of"):
+        make_trainer(tmp_path, max_steps=1).fit(SegLitModule(planned()), data)
+    windows = planned(patch_size=(18, 16), strides=[(1, 1), (2, 2), (2, 2)])
+    with pytest.raises(InputError, match=r"model\.segmenter: its windows are images of 18 × 16 pixels"):
+        SegLitModule(windows, inference="sliding_window").check_data(cardiac)
+
+
 def test_backbones_do_not_learn_from_normalised_images(tmp_path, source):
     data = SegDataModule(source, augmentation="nnunetv2", batch_size=2, steps_per_epoch=1)
     module = DiffusionLitModule(make_backbone())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import cli
 from datamodules.plan import main, measure, normalisation
@@ -105,6 +106,24 @@ def test_later_files_go_over(data, tmp_path):
     source = read_source(data, over)
     assert len(source.dataset("train")) == 4
     assert source.size == (32, 32)
+
+
+def test_later_files_replace_what_is_given_as_a_mapping(tmp_path):
+    """As on the command line: fractions of both files would be none."""
+    files = []
+    for name, fractions in (("one", "{train: 0.7, val: 0.1, test: 0.2}"), ("two", "{train: 0.8, val: 0.2}")):
+        files.append(tmp_path / f"{name}.yaml")
+        source = f"{{class_path: FolderSource, init_args: {{root: {tmp_path}, fractions: {fractions}}}}}"
+        files[-1].write_text(f"data: {{init_args: {{source: {source}}}}}")
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        for i in range(10):
+            Image.new("L", (8, 8), 255).save(tmp_path / folder / f"{i}.png")
+    assert read_source(*files).splits == ("train", "val")
+    (tmp_path / "three.yaml").write_text(
+        "data: {init_args: {source: {class_path: PhantomSource, init_args: {family: polyp, n_train: 3}}}}"
+    )
+    assert len(read_source(*files, tmp_path / "three.yaml").dataset("train")) == 3
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_nnunets_list_has_its_probabilities():
     found = {type(t).__name__.removesuffix("d"): t.prob for t in Augmentation("nnunet").compose.transforms}
     assert found == {
         "RandAffine": 0.2,
+        "RandZoom": 0.2,
         "RandGaussianNoise": 0.1,
         "RandGaussianSmooth": 0.2,
         "RandScaleIntensity": 0.15,
@@ -138,6 +139,27 @@ def test_nnunets_list_has_its_probabilities():
         "RandAdjustContrast": 0.3,
         "RandFlip": 0.5,
     }
+
+
+def test_nnunets_zoom_keeps_proportions_and_its_noise_is_small():
+    square = {"image": torch.zeros(1, 64, 64), "mask": torch.zeros(64, 64, dtype=torch.long), "id": "a"}
+    square["mask"][20:44, 20:44] = 1
+    zoom, noise = (
+        next(t for t in Augmentation("nnunet").compose.transforms if type(t).__name__ == name)
+        for name in ("RandZoomd", "RandGaussianNoised")
+    )
+    zoom.prob = noise.prob = 1
+    edges, deviations = [], []
+    for seed in range(40):
+        for transform in (zoom, noise):
+            transform.set_random_state(seed)
+        inside = zoom({"image": square["image"], "mask": square["mask"][None]})["mask"][0].nonzero()
+        edges.append((inside.amax(0) - inside.amin(0) + 1).tolist())
+        deviations.append(noise({"image": square["image"]})["image"].std().item())
+    assert max(abs(height - width) for height, width in edges) <= 1
+    assert min(edges)[0] < 0.8 * 24
+    assert max(edges)[0] > 1.3 * 24
+    assert max(deviations) < 0.1 * 0.4 * 1.05  # of images whose own deviation is 0.4
 
 
 def test_flips_keep_image_and_mask_aligned():

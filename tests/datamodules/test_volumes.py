@@ -727,6 +727,28 @@ def test_label_maps_by_hand(build, tmp_path, cache):
         SynapseSource(str(tmp_path), label_map=names, **options).dataset("train")
 
 
+def test_the_same_images_may_have_the_labels_of_two_readers(build, tmp_path, cache):
+    volume = twin_volume("synapse", 77, 32)
+    write_nifti(tmp_path / "ct.nii.gz", volume.image, volume.spacing, "RAS")
+    values = {"first": 1, "second": 6}  # spleen and liver of BTCV
+    for reader, value in values.items():
+        label = np.where(volume.label > 0, value, 0).astype(np.uint8)
+        write_nifti(tmp_path / f"{reader}.nii.gz", label, volume.spacing, "RAS")
+    tests = {
+        reader: SynapseTest(
+            root=str(tmp_path), pairs={"a": Pair("ct.nii.gz", f"{reader}.nii.gz")}, label_map="btcv"
+        )
+        for reader in values
+    }
+    source = build("synapse", "btcv", tests=tests)
+    found = {
+        reader: {k for sample in source.dataset(reader) for k in sample["mask"].unique().tolist()}
+        for reader in values
+    }
+    names = {reader: [source.class_names[k] for k in sorted(found[reader])] for reader in values}
+    assert names == {"first": ["background", "spleen"], "second": ["background", "liver"]}
+
+
 def test_sources_from_yaml(twins, cache):
     """Pairs, label maps, spacings and conditions as a configuration file writes them."""
     parser = ArgumentParser(exit_on_error=False)
@@ -771,4 +793,10 @@ def test_label_values_are_the_true_ones():
     }
     values = {value: k for value, k in synapse.BTCV.classes if k}
     assert [values[v] for v in (8, 4, 3, 2, 6, 11, 1, 7)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    for labels, in_order in (
+        (synapse.TOTALSEGMENTATOR, (52, 4, 3, 2, 5, 7, 1, 6)),
+        (synapse.TOTALSEGMENTATOR_V1, (7, 4, 3, 2, 5, 10, 1, 6)),
+    ):
+        values = {value: k for value, k in labels.classes if k}
+        assert [values[v] for v in in_order] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert acdc.CLASS_NAMES == ("background", "right ventricle", "myocardium", "left ventricle")

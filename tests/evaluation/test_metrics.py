@@ -9,6 +9,8 @@ from torch.utils.data import DistributedSampler
 
 from datamodules.sources import Volume
 from evaluation.metrics import PROTOCOL, SegmentationScore
+from evaluation.protocols import PROTOCOLS
+from evaluation.surfaces import mask_scores
 
 NAMES = ("background", "disc", "ring")
 
@@ -216,6 +218,18 @@ def _score_volumes(rank: int, world: int) -> None:
 
 def test_distributed_is_the_whole(tmp_path):
     spawn(_score_a_share, args=(2, f"file://{tmp_path}/rendezvous"), nprocs=2)
+
+
+def test_surface_within_the_tolerance_does_not_depend_on_the_place():
+    """At 0.4 mm five pixels are the 2 mm of the tolerance."""
+    protocol, found = PROTOCOLS["nnunet"], set()
+    for start in range(0, 40, 3):
+        target, prediction = (np.zeros((64, 64), bool) for _ in range(2))
+        target[start : start + 6, 10:30] = True
+        prediction[start + 5 : start + 11, 10:30] = True
+        scores = mask_scores(prediction, target, (0.4, 0.4), protocol)
+        found.add(scores[protocol.measures.index("nsd")])
+    assert len(found) == 1
 
 
 def test_nothing_scored_is_nan_without_warnings():

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import make_segmenter
+from errors import InputError
 from networks import NNUNet
 from networks.nnunet import pooling_strides
 from networks.pretrained import load_pretrained, save_pretrained
@@ -54,6 +55,18 @@ def test_short_edges_stop_pooling_first():
     """An edge is halved alone from 12 pixels up, together with the other one from 8."""
     assert pooling_strides((64, 32)) == [(1, 1), (2, 2), (2, 2), (2, 2)]
     assert pooling_strides((96, 32)) == [(1, 1), (2, 2), (2, 2), (2, 2), (2, 1)]
+
+
+def test_patches_that_cannot_be_halved_are_refused():
+    with pytest.raises(InputError, match="patch_size 7 × 7: too small"):
+        NNUNet(patch_size=(7, 7))
+
+
+def test_every_weight_learns_without_deep_supervision():
+    """Where one had no gradient DDP would stop in the second step."""
+    network = make_segmenter(deep_supervision=False).train()
+    network(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_published_network_at_256():

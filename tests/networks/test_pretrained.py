@@ -129,6 +129,12 @@ def test_fingerprint_sees_every_weight_and_the_configuration():
         first = miner.fingerprint()
 
 
+def test_fingerprint_of_half_precision():
+    halves = [make_segmenter(seed=seed).to(torch.bfloat16).fingerprint() for seed in (0, 0, 1)]
+    assert halves[0] == halves[1] != halves[2]
+    assert halves[0] != make_segmenter(seed=0).fingerprint()
+
+
 def test_fingerprint_leaves_out_what_is_as_usual():
     """Weights written before an argument was added keep their fingerprint."""
     miner = make_miner()
