@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=(), help="whose samples; all that every run has")
     parser.add_argument("--output", type=Path, required=True, help="SVG file to write")
     options = parser.parse_args(arguments)
+    if options.output.suffix.lower() != ".svg":
+        raise InputError(f"--output {options.output}: the sheet is an SVG; give a file that ends in .svg")
     grid = joined([Run.read(run) for run in options.runs], options.methods)
     write_atomically(options.output, picture(example_sheet(grid)).decode())
     print(options.output)

@@ -288,6 +288,19 @@ def _known(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str]) -> No
         raise InputError(f"test set {unknown[0]}: is unknown; choose from {', '.join(known)}")
 
 
+def _alone(rows: Sequence[Row]) -> None:
+    """Raise where two experiments score the same arm and seed: they are no seeds of one."""
+    seen = set()
+    for row in rows:
+        arm = (row.dataset, row.test_set, row.segmenter, row.backbone, row.method, row.budget, row.seed)
+        if arm in seen:
+            raise InputError(
+                f"{row.dataset}, {row.test_set}: {row.method} of seed {row.seed} is in two of the "
+                "experiments; show them one by one"
+            )
+        seen.add(arm)
+
+
 def _shown(rows: Sequence[Row], test_sets: Sequence[str]) -> list[str]:
     """Return the test sets of these rows, of those that are asked for."""
     return [
@@ -321,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("Mean ± standard deviation over seeds.")
     elif options.classes:
         rows = [row for found, _ in reports for row in found]
+        _alone(rows)
         for name in _shown(rows, options.test_set):
             for (dataset, measure), table in class_tables(rows, name, options.classes).items():
                 print(f"{dataset}, {name}: {measure}\n\n{as_markdown(table)}", end="\n\n")
@@ -329,7 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the protocol in report.json."
         )
     elif options.against or options.sets:
-        for rows, sets in reports:
+        for run, (rows, sets) in zip(options.runs, reports, strict=True):
+            if len(reports) > 1:
+                print(f"**{run}**", end="\n\n")
             for name in _shown(rows, options.test_set):
                 if options.against:
                     print(as_markdown(differences_table(rows, name, options.against)), end="\n\n")

@@ -275,8 +275,7 @@ def test_a_bad_mask_of_another_hospital_is_found_before_training(tmp_path):
         for folder in ("images", "masks"):
             (tmp_path / place / folder).mkdir(parents=True)
         for i in range(6):
-            level = 255 * (i % 2)
-            Image.new("RGB", (32, 32), (level, 9, 9)).save(tmp_path / place / "images" / f"{i}.png")
+            Image.new("RGB", (32, 32), (i, len(place), 9)).save(tmp_path / place / "images" / f"{i}.png")
             Image.new("L", (32, 32), i % 2).save(tmp_path / place / "masks" / f"{i}.png")
     Image.new("L", (32, 32), 7).save(tmp_path / "there" / "masks" / "5.png")
     source = {

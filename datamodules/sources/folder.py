@@ -1,5 +1,6 @@
 """Images and masks from folders, paired by file stem."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from datamodules.sources.labels import lookup
 from datamodules.sources.listing import read_lines, similar
 from datamodules.sources.source import Sample, Source
-from datamodules.sources.splits import check_fractions, check_names, ordered, shuffled
+from datamodules.sources.splits import check_content, check_fractions, check_names, ordered, shuffled
 from errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -93,7 +94,10 @@ class PairSource(Source):
 
     def _dataset(self, split: str) -> Dataset[Sample]:
         if split not in self._datasets:
-            self._datasets[split] = FolderDataset(self._pairs[split], self._format)
+            dataset = FolderDataset(self._pairs[split], self._format)
+            known = self._datasets | {split: dataset}
+            check_content({name: known[name].prints if name in known else [] for name in self.splits})
+            self._datasets[split] = dataset
         return self._datasets[split]
 
 
@@ -201,10 +205,17 @@ class FolderDataset(Dataset[Sample]):
         self._stems = [pair.stem for pair in pairs]
         with ThreadPoolExecutor() as pool:
             decoded = list(pool.map(lambda pair: _read(pair, form), pairs))
-        self._images = [image for image, _, _ in decoded]
-        self._masks = [mask for _, mask, _ in decoded]
+        self._images = [each.image for each in decoded]
+        self._masks = [each.mask for each in decoded]
+        _check_range(pairs, [each.depth for each in decoded])
         if form.threshold is not None:
-            _check_threshold(pairs, [levels for _, _, levels in decoded], form.threshold)
+            _check_threshold(pairs, [each.levels for each in decoded], form.threshold)
+
+    @property
+    def prints(self) -> list[tuple[str, list[str]]]:
+        """The stem and a fingerprint of every image."""
+        found = (hashlib.sha1(image.tobytes()).hexdigest() for image in self._images)
+        return [(stem, [each]) for stem, each in zip(self._stems, found, strict=True)]
 
     def __len__(self) -> int:
         return len(self._stems)
@@ -416,8 +427,23 @@ def decoding(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be decoded ({error}): replace the file") from error
 
 
-def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, tuple[int, ...]]:
-    """Image uint8 ``(C, H, W)``, class map uint8 ``(H, W)``, and the mask's largest values, up to three."""
+class _Decoded(NamedTuple):
+    """A pair of files.
+
+    Attributes:
+        image: uint8 ``(C, H, W)``.
+        mask: class map, uint8 ``(H, W)``.
+        levels: the largest values of the mask's file, up to three.
+        depth: the largest value of an image of 16 bits; None of one of 8.
+    """
+
+    image: Bytes
+    mask: Bytes
+    levels: tuple[int, ...]
+    depth: int | None
+
+
+def _read(pair: Pair, form: Format) -> _Decoded:
     image, mask = open_image(pair.image), open_image(pair.mask)
     if image.size != mask.size:
         raise InputError(
@@ -435,7 +461,9 @@ def _read(pair: Pair, form: Format) -> tuple[Bytes, Bytes, tuple[int, ...]]:
                 f"is {levels.max()}: correct the mask, remove the pair, or set allow_empty"
             )
     resized = Image.fromarray(classes).resize(form.size[::-1], Image.Resampling.NEAREST)
-    return to_levels(pair.image, image, form), np.asarray(resized), tuple(np.unique(levels)[-3:].tolist())
+    depth = int(np.asarray(image).max()) if image.mode in _GREY_16_BIT else None
+    largest = tuple(np.unique(levels)[-3:].tolist())
+    return _Decoded(to_levels(pair.image, image, form), np.asarray(resized), largest, depth)
 
 
 def to_levels(path: Path, image: Image.Image, form: Format) -> Bytes:
@@ -485,6 +513,17 @@ def _classes(path: Path, levels: NDArray[np.int64], values: tuple[int, ...]) -> 
             f"{', '.join(map(str, values))}; set class_names and class_values, or correct the mask"
         )
     return classes
+
+
+def _check_range(pairs: Sequence[Pair], depths: Sequence[int | None]) -> None:
+    """Refuse images of 12 bits, say, in files of 16: they are scaled by the range of the file."""
+    deep = [(depth, pair) for depth, pair in zip(depths, pairs, strict=True) if depth is not None]
+    highest, pair = max(deep, key=lambda each: each[0], default=(65535, None))
+    if pair is not None and highest < 16384:
+        raise InputError(
+            f"{pair.image} goes up to {highest} of 65535, and no image of 16 bits of the split goes further: "
+            "they would be nearly black; save them with the whole range, or with 8 bits"
+        )
 
 
 def _check_threshold(pairs: Sequence[Pair], values: Sequence[tuple[int, ...]], threshold: int) -> None:

@@ -1,5 +1,6 @@
 import os
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def square_mask(high=255, size=(24, 20)):
 
 
 def write_set(root, stems, images="images", masks="masks", high=255):
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(zlib.crc32(str(root).encode()))
     for stem in stems:
         save(root / images / f"{stem}.png", rng.integers(0, 256, (24, 20, 3), np.uint8))
         save(root / masks / f"{stem}.png", square_mask(high))
@@ -371,6 +372,33 @@ def test_photographs_are_upright(tmp_path, orientation):
     sample = next(s for name in source.splits for s in source.dataset(name) if s["id"] == "c")
     image = (sample["image"].permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(image - upright).mean() < 5
+
+
+def test_images_of_12_bits_are_refused(tmp_path):
+    write_set(tmp_path, "abcdefghij")
+    for path in (tmp_path / "images").iterdir():
+        Image.fromarray(np.full((24, 20), 3000 + ord(path.stem), np.uint16)).save(path)
+    with refused("goes up to", "of 65535", "nearly black"):
+        FolderSource(str(tmp_path)).dataset("train")
+
+
+def test_an_image_in_two_splits_is_refused(root, tmp_path):
+    (root / "images" / "twin.png").write_bytes((root / "images" / "case04.png").read_bytes())
+    (root / "masks" / "twin.png").write_bytes((root / "masks" / "case04.png").read_bytes())
+    stems = [f"case{i:02d}" for i in range(8)]
+    lists = write_lists(root, train=stems, val=["case08"], test=["case09", "twin"])
+    source = FolderSource(str(root), lists=lists)
+    source.dataset("train")
+    source.dataset("val")
+    with refused("leakage", "twin in test", "case04 in train"):
+        source.dataset("test")
+    again = FolderSource(str(root), lists=lists, tests={"elsewhere": Folder(str(root))})
+    again.dataset("elsewhere")
+    with refused("leakage", "elsewhere"):
+        again.dataset("train")
+    lists = write_lists(root, train=stems, val=["case08"], test=["case09"])
+    source = FolderSource(str(root), lists=lists)
+    assert [len(source.dataset(name)) for name in ("test", "train", "val")] == [1, 8, 1]
 
 
 def test_files_of_several_pages_are_refused(tmp_path):

@@ -182,6 +182,19 @@ def test_differences_to_any_arm():
         differences_table([*three, *plain], "test", "base/3x")
 
 
+def test_experiments_are_no_seeds_of_one_another(tmp_path, capsys):
+    paths = []
+    for name, dsc in (("one", 80.0), ("two", 90.0)):
+        paths.append(tmp_path / f"{name}.json")
+        scored = replace(row(dsc), scores={"dsc": dsc, "dsc/a": dsc})
+        paths[-1].write_text(json.dumps({"rows": [asdict(scored)], "synthetic_sets": []}))
+    with pytest.raises(InputError, match="real of seed 0 is in two of the experiments"):
+        main([*map(str, paths), "--classes", "dsc"])
+    main([*map(str, paths), "--sets"])
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("**")] == [f"**{p}**" for p in paths]
+
+
 def test_classes_can_be_left_out():
     scores = {"dsc": 60.0, "asd": 2.0, "n_cases": 8, "dsc/a": 80.0, "dsc/b": 70.0, "dsc/c": 30.0}
     scores |= {"asd/a": 1.0, "asd/b": None, "asd/c": 3.0}
