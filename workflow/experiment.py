@@ -76,6 +76,11 @@ def check_settings(experiment: Settings, where: str | Path) -> None:
             or needed > len(values)
         ):
             raise InputError(f"{where}: {key} must be a list; write {key}: [...]")
+    seeds = experiment.get("seeds", [])
+    if len({*seeds}) < len(seeds) or min(seeds) < 0:
+        raise InputError(f"{where}: seeds {seeds}: each must be another one, and none negative")
+    if any(budget <= 0 for budget in experiment.get("budgets", [])):
+        raise InputError(f"{where}: budgets {experiment['budgets']}: must be positive, such as [1, 3]")
     if methods and "backbone" not in experiment:
         raise InputError(f"{where} has no backbone; name the one that the methods use")
     if experiment.get("highlight") not in (None, *methods):
@@ -88,6 +93,13 @@ def check_settings(experiment: Settings, where: str | Path) -> None:
         raise InputError(
             f"{where}: sweeps must map numbers to methods, by axis; write sweeps: {{axis: {{1: method}}}}"
         )
+
+
+def numbers(values: Any) -> Any:
+    """Return the seeds of an experiment with those as numbers that ``--config seeds=[0]`` gives as strings."""
+    if not isinstance(values, list):
+        return values
+    return [int(each) if isinstance(each, str) and each.isdecimal() else each for each in values]
 
 
 def over(base: Settings, own: Settings) -> Settings:

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from errors import InputError
-from workflow.experiment import read, resolved
+from workflow.experiment import check_settings, numbers, read, resolved
 
 BASE = {
     "name": "base",
@@ -117,3 +117,26 @@ def test_an_argument_may_name_a_network_or_an_arm(base, tmp_path):
         "{arms}/mine/1x/weights",
         "{network}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"seeds": 3}, "seeds must be a list"),
+        ({"seeds": []}, "seeds must be a list"),
+        ({"seeds": ["one"]}, "seeds must be a list"),
+        ({"seeds": [0.5]}, "seeds must be a list"),
+        ({"seeds": "012"}, "seeds must be a list"),
+        ({"seeds": [0, 0]}, "each must be another one"),
+        ({"seeds": [-1]}, "none negative"),
+        ({"budgets": 3}, "budgets must be a list"),
+        ({"budgets": ["3x"]}, "budgets must be a list"),
+        ({"budgets": [0, 3]}, "must be positive"),
+    ],
+)
+def test_seeds_and_budgets_that_cannot_be(settings, reason):
+    given = {"methods": {"base": None}, "backbone": "SegDiff", "seeds": ["0", 1], "budgets": [1, 2.5]}
+    check_settings(given | {"seeds": numbers(given["seeds"])}, "own.yaml")
+    given |= settings
+    with pytest.raises(InputError, match=rf"own\.yaml: .*{reason}"):
+        check_settings(given | {"seeds": numbers(given["seeds"])}, "own.yaml")
