@@ -96,7 +96,7 @@ def check_settings(experiment: Settings, where: str | Path) -> None:
 
 
 def numbers(values: Any) -> Any:
-    """Return the seeds of an experiment with those as numbers that ``--config seeds=[0]`` gives as strings."""
+    """Return seeds with those as numbers that ``--config seeds=[0]`` gives as strings."""
     if not isinstance(values, list):
         return values
     return [int(each) if isinstance(each, str) and each.isdecimal() else each for each in values]
