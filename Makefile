@@ -8,7 +8,7 @@ export DATA_ROOT ?= $(firstword $(wildcard data ../shared/data) data)
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo experiment test lint clean
+.PHONY: help demo named experiment test lint clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1@/' | column -t -s @
@@ -22,12 +22,14 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(VENV)/bin/pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
-experiment: $(VENV)/.run  ## Run configs/experiments/NAME.yaml, or go on where it stopped (DATA_ROOT=folder of the data sets)
+named:
 	@test -f "configs/experiments/$(NAME).yaml" || { echo "error: no configs/experiments/$(NAME).yaml; name one of these as NAME=…:"; \
 		ls configs/experiments; exit 2; }
+
+experiment: named $(VENV)/.run  ## Run configs/experiments/NAME.yaml, or go on where it stopped (DATA_ROOT=folder of the data sets)
 	@mkdir -p runs
 	@root=configs/experiments/$(NAME).yaml; \
-	while next=$$(sed -n 's/^extends: *//p' $$root 2>/dev/null); [ -n "$$next" ]; do root=$$next; done; \
+	while next=$$(sed -nE 's/^extends: *"?([^" #]+).*/\1/p' $$root 2>/dev/null); [ -n "$$next" ]; do root=$$next; done; \
 	flock --nonblock --conflict-exit-code 3 runs/.$$(basename $$root .yaml).lock \
 		$(VENV)/bin/snakemake --snakefile workflow/Snakefile --configfile configs/experiments/$(NAME).yaml \
 		--cores $(CORES) --rerun-incomplete --nolock --quiet rules \
