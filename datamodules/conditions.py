@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.sources import Source
 from datamodules.streams import item_generator, stream_sampler
-from errors import InputError
+from errors import InputError, require
 
 
 def vary(
@@ -100,6 +100,7 @@ class ConditionDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        require(seed >= 0, "data.seed", seed, "must not be negative")
         if scale < 0:
             raise InputError(f"scale {scale}: must be at least 0")
         if max_real is not None and max_real < 1:

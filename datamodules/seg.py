@@ -13,7 +13,7 @@ from datamodules.sources.folder import expand
 from datamodules.sources.image_folder import ImageFolder
 from datamodules.sources.synthetic import SyntheticSet
 from datamodules.streams import StreamDataset, Transform, stream_sampler
-from errors import InputError
+from errors import InputError, require
 from networks.normalisation import check_channels
 from networks.segmenter import Segmenter
 
@@ -102,6 +102,7 @@ class SegDataModule(L.LightningDataModule):
             raise InputError(f"batch_size {batch_size}: two streams need at least 2")
         if budget is not None and budget <= 0:
             raise InputError(f"budget {budget}: must be positive")
+        require(seed >= 0, "data.seed", seed, "must not be negative")
         if max_real is not None and max_real < 1:
             raise InputError(f"max_real {max_real}: must be at least 1, or null for all")
         if not synthetic and budget is not None:

@@ -63,6 +63,7 @@ class SynthesisLitModule(L.LightningModule):
         super().__init__()
         require(0 < signal < 1, "model.signal", signal, f"choose an ᾱ between 0 and 1, such as {SIGNAL}")
         require(1 <= steps <= 1000, "model.steps", steps, "choose 1 to 1000 DDIM steps")
+        require(seed >= 0, "model.seed", seed, "must not be negative")
         require_reward(reward, "model.reward")
         self.backbone = frozen(backbone, Backbone)  # type: ignore[type-abstract]
         self.anchor = frozen(anchor, Segmenter)  # type: ignore[type-abstract]

@@ -468,6 +468,12 @@ def test_a_batch_too_small_for_two_streams_is_refused(source, synthetic):
         loaded(source, str(synthetic), batch_size=1).train_dataloader()
 
 
+@pytest.mark.parametrize("module", [SegDataModule, ConditionDataModule])
+def test_negative_seeds_are_refused(source, module):
+    with pytest.raises(InputError, match=r"data\.seed -1: must not be negative"):
+        module(source, seed=-1)
+
+
 @pytest.mark.parametrize("max_real", [0, -1])
 @pytest.mark.parametrize("module", [SegDataModule, ConditionDataModule])
 def test_no_real_sample_is_refused(source, module, max_real):
