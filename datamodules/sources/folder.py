@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -211,7 +212,7 @@ class FolderDataset(Dataset[Sample]):
         if form.threshold is not None:
             _check_threshold(pairs, [each.levels for each in decoded], form.threshold)
 
-    @property
+    @cached_property
     def prints(self) -> list[tuple[str, list[str]]]:
         """The stem and a fingerprint of every image."""
         found = (hashlib.sha1(image.tobytes()).hexdigest() for image in self._images)
