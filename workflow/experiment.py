@@ -15,6 +15,21 @@ Settings = dict[str, Any]
 METHODS = Path(__file__).with_name("methods.yaml")
 """What methods are where an experiment says no more than their names."""
 
+SETTINGS = (
+    {"name", "extends", "runs", "dataset", "backbone", "segmenter", "data", "stages", "side_by_side"}
+    | {"methods", "real_arms", "budgets", "seeds", "highlight", "embedding", "sweeps"}
+    | {"fid_source", "fid_split", "gain_split", "mode_split", "inception"}
+)
+"""What an experiment may set."""
+
+_LAYER = {"configs", "arguments"}
+PARTS = {
+    "stages": _LAYER | {"data"},
+    "real_arms": _LAYER,
+    "methods": _LAYER | {"like", "stage", "training", "network", "anchor", "joined", "subset", "budgets"},
+}
+"""What each entry of these mappings of an experiment may set."""
+
 PLAIN = "data.init_args.budget"
 """The argument of the stage ``plain`` that says how large the plain set is."""
 
@@ -41,7 +56,7 @@ def resolved(settings: Settings) -> Settings:
     largest budget, ``{NAME_training}`` that of the network which the method NAME brings along.
 
     Raises:
-        InputError: a file that is extended is absent, or a setting names what there is not.
+        InputError: a file that is extended is absent, a setting is unknown, or names what there is not.
     """
     settings = _merged(settings)
     stages = {}
@@ -81,6 +96,11 @@ def check_settings(experiment: Settings, where: str | Path) -> None:
         raise InputError(f"{where}: seeds {seeds}: each must be another one, and none negative")
     if any(budget <= 0 for budget in experiment.get("budgets", [])):
         raise InputError(f"{where}: budgets {experiment['budgets']}: must be positive, such as [1, 3]")
+    if experiment.get("fid_source") not in (None, "backbone"):
+        raise InputError(
+            f"{where}: fid_source {experiment['fid_source']}: may be backbone, whose data the distances are "
+            "taken to; leave it out for the segmenter's"
+        )
     if methods and "backbone" not in experiment:
         raise InputError(f"{where} has no backbone; name the one that the methods use")
     if experiment.get("highlight") not in (None, *methods):
@@ -111,7 +131,29 @@ def over(base: Settings, own: Settings) -> Settings:
     return merged
 
 
+def _check_names(settings: Settings) -> None:
+    """Raise on a setting that nothing reads, a misspelt one most likely."""
+    where = settings.get("name", "experiment")
+    _refuse_unknown(settings, SETTINGS, f"{where}:")
+    for part, known in PARTS.items():
+        entries = settings.get(part) or {}
+        if not isinstance(entries, dict):
+            raise InputError(f"{where}: {part} must be a mapping; write {part}: {{name: {{…}}}}")
+        for name, entry in entries.items():
+            if not isinstance(entry or {}, dict):
+                raise InputError(f"{where}: {part}.{name} must be a mapping of its settings")
+            _refuse_unknown(entry or {}, known, f"{where}: {part}.{name}")
+
+
+def _refuse_unknown(given: Settings, known: set[str], where: str) -> None:
+    if unknown := sorted({*map(str, given)} - known):
+        raise InputError(
+            f"{where} has unknown settings {', '.join(unknown)}; choose among {', '.join(sorted(known))}"
+        )
+
+
 def _merged(settings: Settings) -> Settings:
+    _check_names(settings)
     base: Settings = _merged(_load(settings["extends"])) if "extends" in settings else {}
     shipped = yaml.safe_load(METHODS.read_text())
     there = base.get("methods", {})
@@ -122,10 +164,10 @@ def _merged(settings: Settings) -> Settings:
         key: _remaining(base[key], methods) for key in ("embedding", "highlight", "sweeps") if base.get(key)
     }
     stages = dict(base.get("stages", {}))
-    for name, stage in settings.get("stages", {}).items():
-        before = stages.get(name, {})
+    for name, given in (settings.get("stages") or {}).items():
+        before, stage = stages.get(name, {}), given or {}
         stages[name] = before | stage
-        arguments = before.get("arguments", {}) | stage.get("arguments", {})
+        arguments = before.get("arguments", {}) | (stage.get("arguments") or {})
         stages[name]["arguments"] = {key: value for key, value in arguments.items() if value is not None}
     return base | taken | settings | {"stages": stages, "methods": methods}
 

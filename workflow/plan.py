@@ -23,17 +23,6 @@ MEASURED_BY = ("fid_source", "fid_split", "gain_split", "mode_split", "inception
 """Settings that a set's figures depend on."""
 
 _ARM = re.compile(r"\{arms\}/([^\"{}]+)/weights")
-_OF_METHODS = {
-    "configs",
-    "arguments",
-    "stage",
-    "training",
-    "network",
-    "anchor",
-    "joined",
-    "subset",
-    "budgets",
-}
 
 
 class Plan:
@@ -87,8 +76,6 @@ class Plan:
 
     def _complete(self, name: str, given: Settings) -> Settings:
         """Return the settings of a method, with the file of its own name where it names none."""
-        if unknown := sorted({*given} - _OF_METHODS):
-            raise InputError(f"{self.name}: method {name} has unknown settings {', '.join(unknown)}")
         default, budgets = f"configs/methods/{name}.yaml", self.settings.get("budgets", [])
         if subset := given.get("subset"):
             default, budgets = "configs/methods/base.yaml", [max(budgets)]
@@ -124,9 +111,24 @@ class Plan:
                 raise InputError(
                     f"{self.name}: method {name} builds on {', '.join(absent)}; list it before {name}"
                 )
+        if unknown := sorted({*self.stages} - {*self.upstream}):
+            raise InputError(
+                f"{self.name}: stages has {', '.join(unknown)}, which is none; choose among "
+                f"{', '.join(self.upstream)}"
+            )
         used = {"segmenter"}.union(*map(self.stages_of, self.methods))
         if absent := sorted(used - {*self.stages}):
             raise InputError(f"{self.name}: stages lacks {', '.join(absent)}")
+        layers = {f"stages.{name}": stage for name, stage in self.stages.items()}
+        layers |= {f"real_arms.{name}": arm for name, arm in self.real_arms.items()}
+        for name, method in self.methods.items():
+            layers |= {f"methods.{name}": method, f"methods.{name}.training": method["training"]}
+        for name, layer in layers.items():
+            for path in configs(layer):
+                if not Path(path).is_file():
+                    raise InputError(
+                        f"{self.name}: {name} takes {path}, which does not exist; check its path"
+                    )
 
     def needs(self, method: str) -> list[str]:
         """Return the arms and networks whose weights the arguments of a method name."""

@@ -122,6 +122,23 @@ def test_an_argument_may_name_a_network_or_an_arm(base, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
+        ({"buget": [3]}, "more: has unknown settings buget; choose among backbone, budgets"),
+        ({"methods": {"mine": {"colour": 1}}}, r"more: methods\.mine has unknown settings colour"),
+        ({"stages": {"miner": {"argument": {}}}}, r"more: stages\.miner has unknown settings argument;"),
+        ({"real_arms": {"more": {"stage": "miner"}}}, r"more: real_arms\.more has unknown settings stage"),
+        ({"methods": ["mine"]}, "more: methods must be a mapping"),
+        ({"stages": {"miner": "m.yaml"}}, r"more: stages\.miner must be a mapping of its settings"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(base, settings, reason):
+    with pytest.raises(InputError, match=reason):
+        resolved({"extends": base, "name": "more"} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"fid_source": "train"}, "fid_source train: may be backbone"),
         ({"seeds": 3}, "seeds must be a list"),
         ({"seeds": []}, "seeds must be a list"),
         ({"seeds": ["one"]}, "seeds must be a list"),

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from errors import InputError
-from workflow.experiment import read
+from workflow.experiment import over, read
 from workflow.plan import Plan, arguments
 
 EXPERIMENT = Path("configs/experiments/longtail.yaml")
@@ -122,7 +122,6 @@ def test_links_lead_to_the_experiment_that_is_extended_now(settings):
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ({"colour": 1}, "method new has unknown settings colour"),
         ({}, "method new has no configs, and there is no configs/methods/new.yaml"),
         ({"configs": [], "stage": "magic"}, "method new is trained by stage magic; choose miner"),
         ({"configs": [], "network": "base"}, "method new takes the network of base, which trains none"),
@@ -150,6 +149,30 @@ def test_absent_stages_are_named(settings):
     del settings["stages"]["synthesis"], settings["stages"]["glance_scorer"]
     with pytest.raises(InputError, match="longtail: stages lacks glance_scorer, synthesis"):
         Plan(settings)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (
+            {"stages": {"segmentor": {"configs": []}}},
+            "stages has segmentor, which is none; choose among reference",
+        ),
+        (
+            {"stages": {"miner": {"configs": ["no.yaml"]}}},
+            r"stages\.miner takes no\.yaml, which does not exist",
+        ),
+        ({"methods": {"base": {"configs": ["no.yaml"]}}}, r"methods\.base takes no\.yaml"),
+        (
+            {"methods": {"miner": {"training": {"configs": ["no.yaml"]}}}},
+            r"methods\.miner\.training takes no",
+        ),
+        ({"real_arms": {"flipped": {"configs": ["no.yaml"]}}}, r"real_arms\.flipped takes no\.yaml"),
+    ],
+)
+def test_what_is_not_there_is_named_before_anything_is_planned(settings, changed, reason):
+    with pytest.raises(InputError, match=reason):
+        Plan(over(settings, changed))
 
 
 def test_values_are_written_as_yaml_reads_them():
