@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from callbacks.folder import FolderWriter, save_png
+from datamodules.sources.folder import expand
+from errors import InputError
 from evaluation.colours import palette
+
+
+def _described(data: Any) -> str:
+    """Return which images are segmented: those of a folder, by its full path, or a source's test sets."""
+    return f"test sets of {data.source.name}" if data.images is None else str(expand(data.images).resolve())
 
 
 class PredictionWriter(FolderWriter):
@@ -22,11 +29,11 @@ class PredictionWriter(FolderWriter):
     logits are interpolated, then the largest one is taken. The folder is whole or absent.
 
     Args:
-        folder: where the maps go, relative to ``trainer.default_root_dir``. Predictions that are already
-            there are replaced; anything else is refused.
+        folder: where the maps go, relative to ``trainer.default_root_dir``. Predictions of the same images
+            that are already there are replaced; anything else is refused.
 
     Raises:
-        InputError: ``folder`` exists and holds no predictions.
+        InputError: ``folder`` exists and holds no predictions, or those of other images.
     """
 
     title = "folder of predictions"
@@ -38,6 +45,20 @@ class PredictionWriter(FolderWriter):
     def parts(self, trainer: L.Trainer) -> list[str]:
         """See :meth:`FolderWriter.parts`."""
         return list(trainer.datamodule.predicted)  # type: ignore[attr-defined]
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """See :meth:`FolderWriter.setup`; refuse to replace what was predicted for other images."""
+        if stage == "predict":
+            marker = self.check_folder(trainer) / self.marker
+            now = _described(trainer.datamodule)  # type: ignore[attr-defined]
+            before = json.loads(marker.read_text()).get("images", now) if marker.is_file() else now
+            trainer.strategy.barrier()  # until every process has looked
+            if before != now:
+                raise InputError(
+                    f"{marker.parent}: holds what was predicted for {before}; name another folder for {now}, "
+                    "by trainer.default_root_dir, or move the old one away"
+                )
+        super().setup(trainer, pl_module, stage)
 
     def write_on_batch_end(
         self,
@@ -67,6 +88,7 @@ class PredictionWriter(FolderWriter):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         made = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "images": _described(data),
             "source": data.source.name,
             "segmenter": type(pl_module.segmenter).__name__,
             "segmenter_fingerprint": pl_module.segmenter.fingerprint(),

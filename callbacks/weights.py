@@ -101,6 +101,9 @@ class ExportWeights(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         facts = {
             "source": datamodule.source.name,
+            "class_names": list(datamodule.source.class_names),
+            "channels": datamodule.source.channels,
+            "size": list(datamodule.source.size),
             "steps": int(trainer.estimated_stepping_batches),
             "chosen_step": trainer.global_step,
         }

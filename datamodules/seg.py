@@ -146,7 +146,10 @@ class SegDataModule(L.LightningDataModule):
         elif stage in ("test", "predict"):
             self.tests = {name: _Numbered(self.source, name) for name in self.source.test_splits}
             if not self.tests:
-                raise InputError(f"{self.source.name}: has no test set; name one in the source's split")
+                raise InputError(
+                    f"{self.source.name}: has no test set here; name one in data.source, or a folder to "
+                    "segment as data.images"
+                )
             self.predicted = {**self.tests}
         if stage == "fit":
             self._check_reader()

@@ -16,7 +16,7 @@ from errors import InputError
 from evaluation.metrics import SegmentationScore
 from evaluation.protocols import PresetName
 from lightning_modules.checks import check_checkpoint, check_image_set, check_trained, started
-from networks.pretrained import training_facts
+from networks.pretrained import load_pretrained, training_facts
 from networks.segmenter import Segmenter
 from networks.sliding_window import sliding_window
 from objectives.segmentation import DiceCE
@@ -28,7 +28,7 @@ class SegLitModule(L.LightningModule):
     """Minimises cross-entropy + Dice; each stream counts by its share of the batch.
 
     Args:
-        segmenter: the network to train.
+        segmenter: the network to train; None is the one in ``weights``.
         weights: folder of a trained segmenter to start from (or to test); it must be of the same
             architecture. By default the network starts untrained.
         cutmix: chance of paired CutMix in a batch; applied to real-only batches as well.
@@ -43,12 +43,12 @@ class SegLitModule(L.LightningModule):
         mirror: average each window over its mirror images.
 
     Raises:
-        InputError: ``weights`` cannot be read, or are of another architecture.
+        InputError: ``weights`` cannot be read, or are of another architecture; or neither is given.
     """
 
     def __init__(
         self,
-        segmenter: Segmenter,
+        segmenter: Segmenter | None = None,
         weights: str | None = None,
         cutmix: float = 0.5,
         copy_paste: float = 0.0,
@@ -67,7 +67,12 @@ class SegLitModule(L.LightningModule):
         self.inference = inference
         self.mirror = mirror
         self.normalised = False
-        self.segmenter = segmenter
+        if segmenter is None and weights is None:
+            raise InputError(
+                "model.segmenter: is not given, nor are model.weights; add a file of configs/segmenters, or "
+                "name the folder of a trained segmenter"
+            )
+        self.segmenter = segmenter or load_pretrained(str(weights), Segmenter)  # type: ignore[type-abstract]
         self.training_facts: dict[str, Any] = {}
         self.started = weights is not None
         if weights is not None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn.utils import parameters_to_vector
 
 import cli
 from conftest import files_of, make_miner
+from datamodules.sources import AsTrainedSource
 from datamodules.sources.phantom import VERSION
 from diffusion.backbones import Backbone
 from errors import InputError
@@ -201,14 +203,43 @@ def test_segmenting_with_what_was_trained(runs, tmp_path):
     assert {
         path.name: len(list(path.iterdir())) for path in folder.iterdir() if path.is_dir()
     } == dict.fromkeys(("test", "test_uniform", "test_shift"), FEW["n_test"])
-    images = f"--data.init_args.images={runs.mined / 'synthetic' / 'images'}"
-    cli.main(command("predict", "prediction", tmp_path, trained, images, network=SEGMENTER))
-    names = {path.name for path in (runs.mined / "synthetic" / "images").iterdir()}
-    assert {path.name for path in (folder / "images").iterdir()} == names
-    assert not (folder / "test").exists()
+
+
+def test_segmenting_images_with_the_weights_and_nothing_else(runs, tmp_path):
+    weights, images = runs.union / "weights", runs.mined / "synthetic" / "images"
+
+    def given(root, trained=weights, *more):
+        return [
+            "predict",
+            f"--config={CONFIGS / 'stages' / 'prediction.yaml'}",
+            f"--trainer.default_root_dir={root}",
+            "--trainer.accelerator=cpu",
+            f"--model.weights={weights}",
+            "--data.source=AsTrainedSource",
+            f"--data.source.weights={trained}",
+            *more,
+        ]
+
+    cli.main(given(tmp_path / "run", weights, f"--data.images={images}"))
+    folder = tmp_path / "run" / "predictions"
+    assert {path.name for path in (folder / "images").iterdir()} == {path.name for path in images.iterdir()}
+    made = json.loads((folder / "predictions.json").read_text())
+    assert made["segmenter_fingerprint"] == fingerprint(runs.union, Segmenter)
+    assert (made["class_names"], made["size"]) == (["background", "polyp"], [32, 32])
+    new = tmp_path / "new"
+    refused(new, given(new), "has no test set here", "data.images")
+    with pytest.raises(InputError, match=r"has no images of phantom-polyp.* itself; take it to predict"):
+        AsTrainedSource(str(weights)).dataset("val")
+    untold = tmp_path / "untold"
+    shutil.copytree(weights, untold)
+    facts = training_facts(weights)
+    del facts["size"]
+    (untold / "training.json").write_text(json.dumps(facts))
+    refused(new, given(new, untold), "training.json: does not say size")
 
 
 def test_segmenting_without_weights(tmp_path):
+    refused(tmp_path, command("predict", "prediction", tmp_path), "model.segmenter: is not given")
     arguments = command("predict", "prediction", tmp_path, network=SEGMENTER)
     refused(tmp_path, arguments, "model.weights", "trained segmenter")
 

@@ -1,6 +1,7 @@
 """Class maps of a trained segmenter, of test sets and of folders without masks."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -96,10 +97,18 @@ def test_images_without_masks_at_their_own_size(tmp_path, images, weights):
         assert np.array_equal(one, other)
 
 
-def test_predicting_again_replaces(tmp_path, images, weights):
-    folder = predict(tmp_path, weights)
-    predict(tmp_path, weights, images=str(images))
-    assert sorted(p.name for p in folder.iterdir()) == ["hospital", "predictions.json"]
+def test_predicting_again_replaces_what_is_of_the_same_images(tmp_path, images, weights):
+    folder = predict(tmp_path / "run", weights, images=str(images))
+    (images / "c.png").unlink()
+    predict(tmp_path / "run", weights, images=f"{images}/../{images.name}")
+    assert sorted(path.name for path in (folder / "hospital").iterdir()) == ["a.png", "b.2.png"]
+    other = tmp_path / "elsewhere" / "hospital"
+    shutil.copytree(images, other)
+    with pytest.raises(InputError, match=rf"holds what was predicted for {images}; name another .* {other}"):
+        predict(tmp_path / "run", weights, images=str(other))
+    with pytest.raises(InputError, match="name another folder for test sets of phantom-polyp"):
+        predict(tmp_path / "run", weights)
+    assert sorted(path.name for path in folder.iterdir()) == ["hospital", "predictions.json"]
 
 
 def test_bad_input_leaves_what_was_there(tmp_path, images, weights):
