@@ -1,8 +1,12 @@
 """The application: ``python cli.py fit|validate|test|predict --config …``."""
 
+import re
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 # Imported so that every class is known by its name alone.
 import callbacks
@@ -11,6 +15,9 @@ import lightning_modules  # noqa: F401
 import methods  # noqa: F401
 from callbacks.paths import in_run
 from errors import InputError
+
+_BY_NAME = re.compile("(last|best|hpc|registry.*)$")
+"""Checkpoints that Lightning finds itself."""
 
 
 class CLI(LightningCLI):
@@ -25,6 +32,9 @@ class CLI(LightningCLI):
 
     def check_data(self) -> None:
         """Read the data and check it against the networks before anything is written."""
+        checkpoint = self.config[str(self.subcommand)].ckpt_path
+        if checkpoint and not Path(checkpoint).exists() and not _BY_NAME.match(str(checkpoint)):
+            raise InputError(f"ckpt_path {checkpoint}: does not exist; give a checkpoint's path, or last")
         self.datamodule.setup(self.subcommand)
         if hasattr(self.model, "check_data"):
             self.model.check_data(self.datamodule.source)
@@ -51,8 +61,14 @@ class CLI(LightningCLI):
                 writer.check_folder(self.trainer)
 
     def before_fit(self) -> None:
-        """Check the data, and that what is to be tested afterwards can be."""
+        """Check the data, and that what is to be tested afterwards can be; say what is given up."""
         self.check_data()
+        left = in_run(self.trainer, "tensorboard/checkpoints/last.ckpt")
+        if left.exists() and not self.config.fit.ckpt_path:
+            rank_zero_warn(
+                f"{left}: an earlier training ended or was interrupted there, and this one starts anew in "
+                "its folder; interrupt it now and add --ckpt_path=last to go on from there"
+            )
         exporting = any(isinstance(c, callbacks.ExportWeights) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if self.config.fit.test_after_fit and not (exporting and hasattr(self.model, "take")):
             raise InputError(

@@ -107,9 +107,8 @@ class ExportWeights(Callback):
             "steps": int(trainer.estimated_stepping_batches),
             "chosen_step": trainer.global_step,
         }
-        facts |= {
-            key: getattr(datamodule, key) for key in ("n_real", "n_synthetic") if hasattr(datamodule, key)
-        }
+        for part, keys in ((datamodule, ("n_real", "n_synthetic")), (pl_module, ("inference", "mirror"))):
+            facts |= {key: getattr(part, key) for key in keys if hasattr(part, key)}
         logged = trainer.callback_metrics.items()
         found = {name: float(value) for name, value in logged if name.startswith("val/") or "/val_" in name}
         if found:

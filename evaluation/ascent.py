@@ -16,6 +16,7 @@ from torch import Tensor
 
 from datamodules.sources.synthetic import SyntheticSet
 from diffusion.sampler import GradientMode, Sampler
+from errors import require
 from evaluation.foresight import loaded, noises, parser_of, reward_of
 from files import write_atomically
 from methods.method import gradient_of
@@ -52,8 +53,11 @@ def ascent(
         finished sample's reward. A random direction has the last alone.
 
     Raises:
-        InputError: the set was not made by Base, or by another backbone.
+        InputError: the set was not made by Base, or by another backbone; or the schedule is shorter than a
+            rollout.
     """
+    longest = max(calls for _, calls, _ in LOOKS.values())
+    require(len(sampler.pairs) >= longest, "--steps", len(sampler.pairs), f"must be at least {longest}")
     reward = reward_of(plain)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[str, list[Tensor]]] = {}

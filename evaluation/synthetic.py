@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from datamodules.sources.configured import read_source
 from datamodules.sources.synthetic import SyntheticSet
+from errors import InputError
 from evaluation.batches import ready
 from evaluation.distribution import diversity, features_of, inside, kid, precision_recall, vendi
 from evaluation.fid import EncoderFeatures, fid, inception
@@ -189,6 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = _load(options.encoder)
     judge = encoder if options.judge is None else _load(options.judge)
     anchor = None if options.anchor is None else _load(options.anchor)
+    if anchor is not None and anchor.fingerprint() in (encoder.fingerprint(), judge.fingerprint()):
+        raise InputError(
+            f"--anchor {options.anchor}: is the encoder or the judge too, to which samples that are hard for "
+            "it look wrong; give a segmenter of other images, or of another seed"
+        )
     source = read_source(options.config)
     real = source if options.real_config is None else read_source(options.real_config)
     synthetic = SyntheticSet(options.set)

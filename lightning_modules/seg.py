@@ -39,8 +39,9 @@ class SegLitModule(L.LightningModule):
         protocol: preset by which the scores count; ``docs/metrics.md`` has them side by side.
         loss: what is minimised; None is nnU-Net's.
         inference: how validation and test images are segmented: as a ``whole``, or by a ``sliding_window`` of
-            the network's patch, half a patch apart, with Gaussian weights.
-        mirror: average each window over its mirror images.
+            the network's patch, half a patch apart, with Gaussian weights. None is as ``weights`` were
+            validated, and whole without any.
+        mirror: average each window over its mirror images; None likewise, and true without weights.
 
     Raises:
         InputError: ``weights`` cannot be read, or are of another architecture; or neither is given.
@@ -59,13 +60,14 @@ class SegLitModule(L.LightningModule):
         seed: int = 0,
         protocol: PresetName = "paper",
         loss: DiceCE | None = None,
-        inference: Literal["whole", "sliding_window"] = "whole",
-        mirror: bool = True,
+        inference: Literal["whole", "sliding_window"] | None = None,
+        mirror: bool | None = None,
     ) -> None:
         super().__init__()
         self.loss = loss or DiceCE()
-        self.inference = inference
-        self.mirror = mirror
+        before = {} if weights is None else training_facts(weights)
+        self.inference = inference or before.get("inference", "whole")
+        self.mirror: bool = before.get("mirror", True) if mirror is None else mirror
         self.normalised = False
         if segmenter is None and weights is None:
             raise InputError(

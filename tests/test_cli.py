@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -329,6 +330,25 @@ def test_a_bad_mask_of_another_hospital_is_found_before_training(tmp_path):
     with pytest.raises(InputError, match=r"there/masks/5\.png"):
         cli.main(["fit", files[0], f"--config={data}", files[1], *run])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_is_not_there(runs, tmp_path):
+    trained = f"--model.init_args.weights={runs.union / 'weights'}"
+    for verb, stage in (("fit", "segmenter"), ("test", "segmenter"), ("predict", "prediction")):
+        given = [trained, f"--ckpt_path={tmp_path / 'no.ckpt'}"]
+        arguments = command(verb, stage, tmp_path, *given, network=SEGMENTER)
+        refused(tmp_path, arguments, "no.ckpt: does not exist")
+
+
+def test_a_training_that_starts_anew_beside_the_checkpoint_of_another_says_so(tmp_path):
+    fit = command("fit", "segmenter", tmp_path, *short(2), network=SEGMENTER)
+    with warnings.catch_warnings(record=True) as first:
+        cli.main(fit)
+    with pytest.warns(UserWarning, match=r"last\.ckpt: an earlier training .*--ckpt_path=last"):
+        cli.main(fit)
+    with warnings.catch_warnings(record=True) as resumed:
+        cli.main([*fit, "--trainer.max_steps=4", "--ckpt_path=last"])
+    assert not any("an earlier training" in str(each.message) for each in (*first, *resumed))
 
 
 def test_segmenter_for_other_channels(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -527,6 +528,10 @@ def _check_range(pairs: Sequence[Pair], depths: Sequence[int | None]) -> None:
         )
 
 
+_FEW_LEVELS = 8
+"""Values in all masks of a split together, up to which they are classes rather: soft borders have more."""
+
+
 def _check_threshold(pairs: Sequence[Pair], values: Sequence[tuple[int, ...]], threshold: int) -> None:
     """Refuse a split without any foreground, and a mask of 0 and 1, say, among others of 0 and 255."""
     brightest = max(range(len(values)), key=lambda i: values[i][-1])
@@ -543,3 +548,11 @@ def _check_threshold(pairs: Sequence[Pair], values: Sequence[tuple[int, ...]], t
                 f"threshold {threshold} the first has no object; save both alike, or set threshold below "
                 f"{found[1]}"
             )
+    levels = sorted({level for found in values for level in found})
+    if 2 < len(levels) <= _FEW_LEVELS:
+        warnings.warn(
+            f"{pairs[brightest].mask} and the other masks have the values {', '.join(map(str, levels))}, and "
+            f"threshold {threshold} makes two classes of them; for a class each, set threshold to null and "
+            "class_names and class_values to match",
+            stacklevel=2,
+        )

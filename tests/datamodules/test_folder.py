@@ -1,5 +1,6 @@
 import os
 import re
+import warnings
 import zlib
 from pathlib import Path
 
@@ -345,6 +346,19 @@ def test_masks_of_0_and_1_among_others(tmp_path):
     save(tmp_path / "masks" / "c.png", noisy)
     source = FolderSource(str(tmp_path))
     assert sum(len(source.dataset(name)) for name in ("train", "val", "test")) == 10
+
+
+def test_masks_of_several_classes_that_a_threshold_makes_two_of(tmp_path):
+    write_set(tmp_path, "abcdefghij")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FolderSource(str(tmp_path)).dataset("train")
+    for path in (tmp_path / "masks").iterdir():
+        several = square_mask(255)
+        several[:2] = 128
+        save(path, several)
+    with pytest.warns(UserWarning, match="have the values 0, 128, 255, .*set threshold to null"):
+        FolderSource(str(tmp_path)).dataset("train")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -7,6 +7,7 @@ from datamodules.sources.synthetic import SyntheticSet
 from diffusion.backbones import Backbone
 from diffusion.noise import NoiseStream
 from diffusion.sampler import Sampler
+from errors import InputError
 from evaluation import ascent as module
 from evaluation.ascent import RANDOM, ascent, main
 from methods.method import PROBE
@@ -69,3 +70,10 @@ def test_command(plain_samples, weights, two_calls, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "temporal stop-gradient: ‖∇‖" in printed
     assert "random direction: rise of bounded_ce: 2 nats" in printed
+
+
+def test_a_schedule_that_is_shorter_than_the_rollout(plain_samples, weights, tmp_path):
+    arguments = {"set": plain_samples, "backbone": weights.backbone, "anchor": weights.segmenter, "steps": 3}
+    with pytest.raises(InputError, match=r"--steps 3: must be at least 10"):
+        main([f"--{key}={value}" for key, value in (arguments | {"output": tmp_path / "a.json"}).items()])
+    assert not list(tmp_path.iterdir())

@@ -227,6 +227,9 @@ def test_command_takes_a_judge_an_anchor_and_a_split_of_modes(made, tmp_path, mo
     modes = source.dataset("test_uniform")
     expected = measure(SyntheticSet(made.set), *given, modes, mode_names=source.mode_names)
     assert json.loads((tmp_path / "synthetic.json").read_text()) == expected
+    for same in ({"judge": tmp_path / "anchor"}, {"anchor": made.weights}):
+        with pytest.raises(InputError, match="is the encoder or the judge too"):
+            main([f"--{key}={value}" for key, value in (arguments | same).items()])
 
 
 def test_command_names_a_missing_set(made, tmp_path, monkeypatch):

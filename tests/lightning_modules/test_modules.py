@@ -320,6 +320,23 @@ def test_segmenter_starts_from_given_weights(weights, source, tmp_path):
         SegLitModule(make_segmenter(base_features=8), weights=weights.segmenter)
 
 
+def test_weights_say_their_network_and_how_they_were_validated(source, tmp_path):
+    data = SegDataModule(source, batch_size=2, steps_per_epoch=1)
+    _, first = fit_segmenter(tmp_path, data, 1, inference="sliding_window", mirror=False)
+    weights = str(tmp_path / "weights")
+    told = SegLitModule(weights=weights)
+    assert told.segmenter.fingerprint() == first.segmenter.fingerprint()
+    assert (told.inference, told.mirror) == ("sliding_window", False)
+    image = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(told.eval().predict_logits(image), first.eval().predict_logits(image))
+    changed = SegLitModule(weights=weights, inference="whole", mirror=True)
+    assert (changed.inference, changed.mirror) == ("whole", True)
+    untold = SegLitModule(make_segmenter())
+    assert (untold.inference, untold.mirror) == ("whole", True)
+    with pytest.raises(InputError, match=r"model\.segmenter: is not given, nor are model\.weights"):
+        SegLitModule()
+
+
 def test_training_goes_on_in_training_mode(weights, source, tmp_path):
     """Loaded networks come in eval mode, where nnU-Net has no deep supervision."""
     modes = []
