@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Plan:
 
     Args:
         settings: from :func:`workflow.experiment.resolved`.
+        data: the fingerprint of the files that a stage reads, from its settings.
 
     Attributes:
         run: folder of all that is made.
@@ -45,8 +47,9 @@ class Plan:
         InputError: the settings contradict each other.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, data: Callable[[Settings], str] = lambda stage: "") -> None:
         self.settings = settings
+        self.data = data
         self.name: str = settings["name"]
         self.run = f"{settings.get('runs', 'runs')}/{self.name}"
         self.stages: dict[str, Settings] = settings["stages"]
@@ -190,7 +193,9 @@ class Plan:
         return [*sets, *(self.real_arms[arm] for arm in self.real_arms_of(method))]
 
     def key(self, *layers: str | Settings) -> str:
-        """Return the fingerprint of all settings that a network depends on: a checkpoint of others is no use.
+        """Return the fingerprint of all settings and images that a network depends on.
+
+        A checkpoint of others is no use.
 
         Args:
             layers: names of stages, and settings.
@@ -198,6 +203,8 @@ class Plan:
         stages = {s for layer in layers if isinstance(layer, str) for s in [layer, *self.upstream[layer]]}
         settings = [layer for layer in layers if not isinstance(layer, str)]
         digest = hashlib.sha256()
+        for stage in sorted(stages):
+            digest.update(self.data(self.stages[stage]).encode())
         for layer in [*(self.stages[stage] for stage in sorted(stages)), *settings]:
             digest.update(arguments(layer).encode())
             for path in configs(layer):

@@ -94,6 +94,13 @@ class PairSource(Source):
         self.splits = tuple(pairs)
         self._datasets: dict[str, FolderDataset] = {}
 
+    def files(self) -> dict[str, list[Path]]:
+        """See :meth:`Source.files`."""
+        return {
+            name: [file for pair in pairs for file in (pair.image, pair.mask)]
+            for name, pairs in self._pairs.items()
+        }
+
     def _dataset(self, split: str) -> Dataset[Sample]:
         if split not in self._datasets:
             dataset = FolderDataset(self._pairs[split], self._format)

@@ -1,7 +1,9 @@
 """What every image set looks like to the rest of the application."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from torch import Tensor
@@ -91,6 +93,10 @@ class Source(ABC):
     @abstractmethod
     def _dataset(self, split: str) -> Dataset[Sample]:
         """Return a split that is known to exist."""
+
+    def files(self) -> Mapping[str, Sequence[Path]]:
+        """Return the files that samples are read from, by split; nothing where images are generated."""
+        return {}
 
     def volume(self, split: str, index: int) -> Volume | None:
         """Return where sample ``index`` of a split lies in a 3-D case; None where samples are no slices."""

@@ -314,6 +314,13 @@ class VolumeSource(Source):
 
     # ------------------------------------------------------------------------------- reading
 
+    def files(self) -> dict[str, list[Path]]:
+        """See :meth:`Source.files`."""
+        return {
+            name: [file for item in items for file in (*item.part.case.images, *item.part.case.labels)]
+            for name, items in self._items.items()
+        }
+
     def _dataset(self, split: str) -> Dataset[Sample]:
         return self._slices(split)
 

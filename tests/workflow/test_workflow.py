@@ -89,6 +89,17 @@ def test_every_shipped_experiment_plans_all_its_arms(experiment, tmp_path, parse
             PARSED.add(form)
 
 
+def test_nothing_is_run_without_the_images(tmp_path):
+    """Snakemake deletes what a job is to make before the job can say that it has no images."""
+    code, output = run_snakemake(
+        ROOT / "configs/experiments/own.yaml", "--config", f"runs={tmp_path / 'runs'}"
+    )
+    assert code == 1
+    assert "error: /nowhere is not a folder: check root" in output
+    assert "Traceback" not in output
+    assert {path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()} <= {".keep"}
+
+
 HALF = {
     "network": "miner",
     "arguments": {
