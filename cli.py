@@ -16,8 +16,8 @@ import methods  # noqa: F401
 from callbacks.paths import in_run
 from errors import InputError
 
-_BY_NAME = re.compile("(last|best|hpc|registry.*)$")
-"""Checkpoints that Lightning finds itself."""
+_ELSEWHERE = re.compile("(last|best|hpc|registry.*|.*://.*)$")
+"""Checkpoints that Lightning finds by itself."""
 
 
 class CLI(LightningCLI):
@@ -33,7 +33,7 @@ class CLI(LightningCLI):
     def check_data(self) -> None:
         """Read the data and check it against the networks before anything is written."""
         checkpoint = self.config[str(self.subcommand)].ckpt_path
-        if checkpoint and not Path(checkpoint).exists() and not _BY_NAME.match(str(checkpoint)):
+        if checkpoint and not Path(checkpoint).exists() and not _ELSEWHERE.match(str(checkpoint)):
             raise InputError(f"ckpt_path {checkpoint}: does not exist; give a checkpoint's path, or last")
         self.datamodule.setup(self.subcommand)
         if hasattr(self.model, "check_data"):

@@ -52,7 +52,6 @@ class PredictionWriter(FolderWriter):
             marker = self.check_folder(trainer) / self.marker
             now = _described(trainer.datamodule)  # type: ignore[attr-defined]
             before = json.loads(marker.read_text()).get("images", now) if marker.is_file() else now
-            trainer.strategy.barrier()  # until every process has looked
             if before != now:
                 raise InputError(
                     f"{marker.parent}: holds what was predicted for {before}; name another folder for {now}, "
