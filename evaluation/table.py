@@ -27,6 +27,7 @@ SET_COLUMNS = {
     "precision_base_modes": ("… at base's modes", 3, 1),
     "mask_fidelity": ("mask fidelity", 1, 1),
     "mask_fidelity_hardest": ("… of the hardest quarter", 1, 1),
+    "rare": ("rare appearances", 2, 1),
     "kl": ("KL, nats", 1, 1),
     "calls_per_image": ("calls", 0, 1),
 }
@@ -45,11 +46,29 @@ def read_report(run: Path) -> tuple[list[Row], list[dict[str, Any]]]:
     path = run if run.suffix == ".json" else run / "report" / "report.json"
     try:
         report = json.loads(path.read_text())
-        return [Row(**row) for row in report["rows"]], [dict(one) for one in report.get("synthetic_sets", [])]
+        return [Row(**row) for row in report["rows"]], with_rare(report.get("synthetic_sets", []))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; make it with: make experiment NAME={run.name}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no report ({error!r}); make it anew: make experiment NAME=…") from None
+
+
+def with_rare(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return synthetic sets with ``rare``: the share of samples without base's commonest appearance.
+
+    Where appearances are not known, or plain samples are not there to say which is the common one, without.
+    """
+    shown = {id(one): (one.get("modes") or {}).get("histogram") or {} for one in sets}
+    plain = [shown[id(one)] for one in sets if one["method"] == "base"]
+    counts = {mode: sum(each.get(mode, 0) for each in plain) for each in plain for mode in each}
+    if not counts:
+        return [dict(one) for one in sets]
+    common = max(counts, key=lambda mode: counts[mode])
+    return [
+        one | ({"rare": 1 - found.get(common, 0) / sum(found.values())} if any(found.values()) else {})
+        for one in sets
+        for found in [shown[id(one)]]
+    ]
 
 
 def grand_table(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str] = ()) -> Table:
@@ -192,37 +211,39 @@ def without(rows: Sequence[Row], classes: Sequence[str]) -> list[Row]:
     return shorter
 
 
-def hardness(rows: Sequence[Row], sets: Sequence[dict[str, Any]], test_set: str) -> list[str]:
-    """Return whether harder sets were better ones: for each budget, ρ of DSC and adversariality over methods.
+def correlations(rows: Sequence[Row], sets: Sequence[dict[str, Any]], test_set: str) -> list[str]:
+    """Return whether harder sets were better ones, and those with rare appearances.
 
-    Over all methods, and over those whose images still show their masks (:data:`FAITHFUL`); the mean over
+    That is ρ over methods of DSC and adversariality, or the share of rare appearances, for each budget:
+    over all methods, and over those whose images still show their masks (:data:`FAITHFUL`); the mean over
     seeds is a method's value. A budget with fewer than three methods has no line.
     """
     notes = []
     shown = [row for row in rows if row.test_set == test_set]
     arms = summarise(shown)
     for budget in sorted({arm.budget for arm in arms if arm.budget}):
-        found = [
-            (
-                spread(one.get("adversariality") for one in sets if one["method"] == arm.method).mean,
-                arm.dsc.mean,
-                spread(one.get("mask_fidelity") for one in sets if one["method"] == arm.method).mean,
-            )
-            for arm in arms
-            if arm.budget == budget
-        ]
-        whole = spearman((hard, dsc) for hard, dsc, _ in found)
-        faithful = spearman((hard, dsc) for hard, dsc, fidelity in found if fidelity >= FAITHFUL)
-        parts = [
-            f"{number(rho, signed=True)} over {name}"
-            for (rho, n), name in (
-                (whole, f"all {whole.n} sets"),
-                (faithful, f"the {faithful.n} with a mask fidelity of {FAITHFUL:g} or more"),
-            )
-            if n >= 3
-        ]
-        if parts:
-            notes.append(f"Spearman's ρ of DSC and adversariality, {budget:g}×: {', '.join(parts)}.")
+        for key, what in (("adversariality", "adversariality"), ("rare", "share of rare appearances")):
+            found = [
+                (
+                    spread(one.get(key) for one in sets if one["method"] == arm.method).mean,
+                    arm.dsc.mean,
+                    spread(one.get("mask_fidelity") for one in sets if one["method"] == arm.method).mean,
+                )
+                for arm in arms
+                if arm.budget == budget
+            ]
+            whole = spearman((value, dsc) for value, dsc, _ in found)
+            faithful = spearman((value, dsc) for value, dsc, fidelity in found if fidelity >= FAITHFUL)
+            parts = [
+                f"{number(rho, signed=True)} over {name}"
+                for (rho, n), name in (
+                    (whole, f"all {whole.n} sets"),
+                    (faithful, f"the {faithful.n} with a mask fidelity of {FAITHFUL:g} or more"),
+                )
+                if n >= 3
+            ]
+            if parts:
+                notes.append(f"Spearman's ρ of DSC and {what}, {budget:g}×: {', '.join(parts)}.")
     return notes
 
 
@@ -351,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(as_markdown(differences_table(rows, name, options.against)), end="\n\n")
                 else:
                     print(as_markdown(arms_table(rows, sets, name, options.best_first)), end="\n\n")
-                    print(*(f"{note}\n\n" for note in hardness(rows, sets, name)), sep="", end="")
+                    print(*(f"{note}\n\n" for note in correlations(rows, sets, name)), sep="", end="")
         print(f"{unit}.")
     else:
         print(as_markdown(grand_table([rows for rows, _ in reports], options.test_set)), end="\n\n")

@@ -8,11 +8,12 @@ from evaluation.report.collect import Row
 from evaluation.table import (
     arms_table,
     class_tables,
+    correlations,
     differences_table,
     grand_table,
-    hardness,
     main,
     measures_table,
+    with_rare,
     without,
 )
 
@@ -110,12 +111,27 @@ def test_harder_is_better_where_masks_are_kept():
     sets = [{"method": m, "adversariality": a, "mask_fidelity": f} for m, (a, f, _) in facts.items()]
     note = "Spearman's ρ of DSC and adversariality, 3×: "
     faithful = "+1.00 over the 3 with a mask fidelity of 95 or more."
-    assert hardness(rows, sets, "test") == [f"{note}−0.20 over all 4 sets, {faithful}"]
-    assert hardness([*rows, *ACDC], sets, "test") == hardness(rows, sets, "test")
-    assert hardness(rows, [one for one in sets if one["method"] != "b"], "test") == [
+    assert correlations(rows, sets, "test") == [f"{note}−0.20 over all 4 sets, {faithful}"]
+    assert correlations([*rows, *ACDC], sets, "test") == correlations(rows, sets, "test")
+    assert correlations(rows, [one for one in sets if one["method"] != "b"], "test") == [
         f"{note}−0.50 over all 3 sets."
     ]
-    assert hardness(rows, [], "test") == []
+    assert correlations(rows, [], "test") == []
+
+
+def test_rare_is_what_most_plain_samples_do_not_show():
+    def made(method, **counts):
+        return {"method": method, "modes": {"histogram": counts}}
+
+    sets = [made("base", dark=1, bright=3), made("base", dark=5, bright=4), made("mined", dark=3, bright=1)]
+    untold = {"method": "sdedit", "modes": None}
+    assert [one.get("rare") for one in with_rare([*sets, untold])] == [0.25, 5 / 9, 0.75, None]
+    assert with_rare([*sets[2:], untold]) == [*sets[2:], untold]
+    rows = [row(80.0 + one, name, 3) for one, name in enumerate("abc")]
+    rare = [{"method": name, "rare": share} for name, share in zip("abc", (0.9, 0.5, 0.7), strict=True)]
+    assert correlations(rows, rare, "test") == [
+        "Spearman's ρ of DSC and share of rare appearances, 3×: −0.50 over all 3 sets."
+    ]
 
 
 def test_command_for_sets(tmp_path, capsys):
