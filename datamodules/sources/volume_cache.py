@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datamodules.sources.volume_files import Spacing
+from datamodules.sources.volume_files import ONE_READER, Spacing
 from errors import InputError
 
 VERSION = 2
@@ -127,14 +127,15 @@ def cached(folder: Path, files: Sequence[Path], options: str, make: Callable[[],
 
 def _load(entry: Path) -> Slices:
     facts = json.loads((entry / "facts.json").read_text())
-    return Slices(
-        np.load(entry / "image.npy", mmap_mode="r"),
-        np.load(entry / "mask.npy", mmap_mode="r"),
-        None if facts["spacing"] is None else tuple(facts["spacing"]),
-        tuple(facts["prints"]),
-        np.load(entry / "looks.npy"),
-        entry,
-    )
+    with ONE_READER:
+        return Slices(
+            np.load(entry / "image.npy", mmap_mode="r"),
+            np.load(entry / "mask.npy", mmap_mode="r"),
+            None if facts["spacing"] is None else tuple(facts["spacing"]),
+            tuple(facts["prints"]),
+            np.load(entry / "looks.npy"),
+            entry,
+        )
 
 
 def _fingerprint(files: Sequence[Path], options: str) -> str:

@@ -1,5 +1,6 @@
 """Volumes as they lie in files: NIfTI, HDF5 and npz, read to (D, H, W) and checked."""
 
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -95,10 +96,15 @@ def read_h5(path: Path, keys: Sequence[Keys]) -> tuple[NDArray[Any], NDArray[Any
         raise InputError(f"{path} cannot be read as HDF5 ({_reason(error)}): replace the file") from error
 
 
+ONE_READER = threading.Lock()
+"""Held where NumPy reads a file: it parses headers with ``ast``, which in Python 3.11 fails now and then, by
+a SystemError, where two threads do so at once (python/cpython#106905)."""
+
+
 def read_npz(path: Path, keys: Sequence[Keys]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Read an image and its label from one npz file; arguments and errors are those of :func:`read_h5`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with ONE_READER, np.load(path, allow_pickle=False) as file:
             if not isinstance(file, Mapping):
                 raise InputError(f"{path} is a single array, not an npz archive: replace the file")
             image, label = (file[name] for name in _pick(path, list(file), keys))

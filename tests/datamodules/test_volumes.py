@@ -1,5 +1,6 @@
 """Every reader on its phantom twin and, where it is at hand, on the real set."""
 
+import ast
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -173,6 +175,24 @@ def test_prepared_mmwhs(build, modality):
         assert np.array_equal(sample["mask"].numpy(), table[twin.label[position]])
     volume = source.volume("test", DEPTH + 1)
     assert (volume.case, volume.slice) == (f"{modality}_{mmwhs.TEST_CASES[modality][1]}", 1)
+
+
+def test_headers_of_numpy_are_read_one_by_one(build, monkeypatch):
+    """Two threads in ``ast`` at once are more than Python 3.11 takes."""
+    inside, most, parse = [], [], ast.literal_eval
+
+    def slow(text):
+        inside.append(text)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return parse(text)
+
+    monkeypatch.setattr(ast, "literal_eval", slow)
+    source = build("mmwhs", "adaptation", modality="ct")
+    assert len(source.dataset("test")) == 2 * DEPTH
+    assert len(most) > 20
+    assert max(most) == 1
 
 
 def test_slices_alone_equal_volumes(build, twins, tmp_path, cache):
