@@ -177,7 +177,7 @@ def test_prepared_mmwhs(build, modality):
     assert (volume.case, volume.slice) == (f"{modality}_{mmwhs.TEST_CASES[modality][1]}", 1)
 
 
-def test_headers_of_numpy_are_read_one_by_one(build, monkeypatch):
+def test_headers_of_numpy_are_read_one_by_one(build, tmp_path, monkeypatch):
     """Two threads in ``ast`` at once are more than Python 3.11 takes."""
     inside, most, parse = [], [], ast.literal_eval
 
@@ -189,7 +189,7 @@ def test_headers_of_numpy_are_read_one_by_one(build, monkeypatch):
         return parse(text)
 
     monkeypatch.setattr(ast, "literal_eval", slow)
-    source = build("mmwhs", "adaptation", modality="ct")
+    source = build("mmwhs", "adaptation", modality="ct", cache=str(tmp_path))
     assert len(source.dataset("test")) == 2 * DEPTH
     assert len(most) > 20
     assert max(most) == 1
