@@ -10,6 +10,7 @@ one of each experiment: a line per method, a column per figure of its sets in ``
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,16 +59,20 @@ def with_rare(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Where appearances are not known, or plain samples are not there to say which is the common one, without.
     """
-    shown = {id(one): (one.get("modes") or {}).get("histogram") or {} for one in sets}
-    plain = [shown[id(one)] for one in sets if one["method"] == "base"]
-    counts = {mode: sum(each.get(mode, 0) for each in plain) for each in plain for mode in each}
+
+    def shown(one: dict[str, Any]) -> dict[str, int]:
+        return (one.get("modes") or {}).get("histogram") or {}
+
+    counts = Counter[str]()
+    for one in sets:
+        if one["method"] == "base":
+            counts.update(shown(one))
     if not counts:
         return [dict(one) for one in sets]
-    common = max(counts, key=lambda mode: counts[mode])
+    ((common, _),) = counts.most_common(1)
     return [
-        one | ({"rare": 1 - found.get(common, 0) / sum(found.values())} if any(found.values()) else {})
+        one | ({"rare": 1 - shown(one).get(common, 0) / total} if (total := sum(shown(one).values())) else {})
         for one in sets
-        for found in [shown[id(one)]]
     ]
 
 
