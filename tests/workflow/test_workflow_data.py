@@ -7,7 +7,7 @@ from PIL import Image
 
 from datamodules import twins
 from errors import InputError
-from workflow.data import SOURCE, fingerprint
+from workflow.data import SOURCE, check_splits, fingerprint
 from workflow.experiment import read
 from workflow.plan import Plan
 
@@ -77,3 +77,13 @@ def test_a_network_of_other_images_has_another_key(root, once):
     Image.new("RGB", (32, 99)).save(root / "images" / "4.png")
     after = [Plan(settings, fingerprint).key(stage) for stage in stages]
     assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_a_split_that_is_not_there_is_named_before_anything_is_trained(root, once):
+    settings = read("configs/experiments/own.yaml")
+    check_splits(settings)
+    for key, stage in (("gain_split", "segmenter"), ("fid_split", "backbone"), ("mode_split", "backbone")):
+        with pytest.raises(InputError, match=f"{key} is elsewhere.*{stage}.*train, val, test; choose"):
+            check_splits(settings | {key: "elsewhere"})
+    check_splits(settings | {"methods": {}, "fid_split": "elsewhere"})  # nothing is measured
+    check_splits(read("configs/experiments/longtail.yaml") | {"fid_split": "elsewhere"})  # nothing is read
