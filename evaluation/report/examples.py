@@ -23,9 +23,6 @@ ON_SHEET = 6
 THUMBNAIL = 96
 """Longest side of an example on the page, in pixels."""
 
-TILE = 64
-"""Side of an example on a sheet, in pixels."""
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -107,29 +104,40 @@ def example_grid(run: Run) -> Grid | None:
 
 @styled
 def example_sheet(grid: Grid) -> str:
-    """Return the first columns of a grid as one figure, the differences to base beside them; a data URI."""
+    """Return the first columns of a grid as one figure, the differences to base beside them; a data URI.
+
+    Every example has the pixels that it has on the page; the viewer enlarges them.
+    """
     lines = [line[:ON_SHEET] + grid.gaps.get(name, [])[:ON_SHEET] for name, line in grid.lines.items()]
-    columns, gap = max(map(len, lines)), TILE // 8
-    step = TILE + gap
+    tiles = [[_decoded(one) for one in line] for line in lines]
+    side = max(max(tile.shape[:2]) for line in tiles for tile in line)
+    columns, step = max(map(len, lines)), side + side // 8
     sheet = np.full((step * len(lines), step * columns, 3), 255, dtype=np.uint8)
-    for row, line in enumerate(lines):
-        for column, one in enumerate(line):
-            if one.uri is not None:
-                with Image.open(io.BytesIO(picture(one.uri))) as image:
-                    tile = image.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)
-                sheet[row * step :, column * step :][:TILE, :TILE] = np.asarray(tile)
+    for row, line in enumerate(tiles):
+        for column, tile in enumerate(line):
+            height, width, _ = tile.shape
+            sheet[row * step :, column * step :][:height, :width] = tile
     figure = new_figure(WIDTH * len(lines) / (columns + 2))
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="none")
-    axes.set_yticks([row * step + TILE / 2 for row in range(len(lines))], list(grid.lines), color=INK)
+    axes.set_anchor("W")  # in the middle, the room beside it would be taken for that of the names
+    axes.set_yticks([row * step + side / 2 for row in range(len(lines))], list(grid.lines), color=INK)
     heads = ["images"] + ["|image − base|"] * bool(grid.gaps)
     axes.set_xticks([(k + 0.5) * step * columns / len(heads) for k in range(len(heads))], heads, color=INK)
     axes.xaxis.tick_top()
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
     return to_svg(figure)
+
+
+def _decoded(one: Picture) -> np.ndarray:
+    """Return the pixels (H, W, 3) of a picture; none of one that is not there."""
+    if one.uri is None:
+        return np.empty((0, 0, 3), np.uint8)
+    with Image.open(io.BytesIO(picture(one.uri))) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _manifest(folder: Path) -> dict[int, dict[str, Any]]:

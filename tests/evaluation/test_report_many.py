@@ -2,15 +2,17 @@ import base64
 import io
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 from PIL import Image
 from test_report import log_scalars, make_run, skip_drawing, words, write_images
 
 from evaluation.report.collect import Run
-from evaluation.report.examples import ON_SHEET, TILE, Grid, Picture, example_sheet
+from evaluation.report.examples import ON_SHEET, Grid, Picture, example_sheet
 from evaluation.report.figures import (
     budget_figure,
     curve_figures,
@@ -26,6 +28,7 @@ from evaluation.report.style import (
     FONTS,
     MARKERS,
     MORE_COLOURS,
+    STYLE,
     colour,
     data_uri,
     marker,
@@ -124,12 +127,13 @@ def test_every_figure_is_also_a_file(pictured, tmp_path):
         assert data_uri(files[f"pair_{kind}.svg"].encode(), "image/svg+xml") in page
 
 
-def test_sheet_shows_every_line_beside_its_differences():
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (40, 24), (18, 96)])
+def test_sheet_shows_every_line_beside_its_differences(width, height):
     colours = iter(np.random.default_rng(0).permutation(255**2))
 
     def tile() -> Picture:
         value = int(next(colours))
-        image = Image.new("RGB", (TILE, TILE), (value // 255, value % 255, 128))
+        image = Image.new("RGB", (width, height), (value // 255, value % 255, 128))
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         return Picture(data_uri(buffer.getvalue(), "image/png"))
@@ -147,9 +151,21 @@ def test_sheet_shows_every_line_beside_its_differences():
         for column, one in enumerate(shown):
             with Image.open(io.BytesIO(picture(one.uri))) as image:
                 expected = np.asarray(image.convert("RGB"))
-            found_tile = sheet[row * step :, column * step :][:TILE, :TILE]
+            found_tile = sheet[row * step :, column * step :][:height, :width]
             assert np.array_equal(found_tile, expected), (name, column)
     assert (sheet[:step, ON_SHEET * step :] == 255).all()  # a line without differences ends there
+
+
+def test_names_of_a_sheet_are_whole():
+    """With as many lines as a comparison of all methods has, and the longest name among them."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, format="PNG")
+    line = [Picture(data_uri(buffer.getvalue(), "image/png"))] * ON_SHEET
+    names = [*map(str, range(25)), "native_miner_learnt"]
+    svg = picture(example_sheet(Grid(dict.fromkeys(names, line), {names[-1]: line}, [], 0, 1.0))).decode()
+    found = re.search(rf'<text style="[^"]*text-anchor: end[^"]*" x="([\d.]+)"[^>]*>{names[-1]}<', svg)
+    with matplotlib.rc_context(STYLE):
+        assert TextPath((0, 0), names[-1], size=9).get_extents().width < float(found.group(1))
 
 
 def test_names_keep_apart():
