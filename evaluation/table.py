@@ -5,7 +5,8 @@ test set: a line per arm, its scores beside what describes its synthetic sets; w
 the paired differences of every other arm to that one, with their intervals; with ``--classes dsc asd`` one
 of each test set and measure: a line per segmenter and arm, a column per class; with ``--of noise.norm.z …``
 one of each experiment: a line per method, a column per figure of its sets in ``report.json``.
-``--without CLASS …`` leaves classes out of all scores.
+``--without CLASS …`` leaves classes out of all scores; ``--together`` takes the seeds of several experiments
+for those of one, in the arms that all of them have.
 """
 
 import argparse
@@ -74,6 +75,31 @@ def with_rare(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         one | ({"rare": 1 - shown(one).get(common, 0) / total} if (total := sum(shown(one).values())) else {})
         for one in sets
     ]
+
+
+def together(
+    reports: Sequence[tuple[Sequence[Row], Sequence[dict[str, Any]]]],
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Return several reports as one of all their seeds, with the arms that each of them has.
+
+    Args:
+        reports: rows and synthetic sets of each, as from :func:`read_report`.
+
+    Raises:
+        InputError: two have a seed in common, or no arm is in all.
+    """
+    seeds = Counter(seed for rows, _ in reports for seed in {row.seed for row in rows})
+    if twice := sorted(seed for seed, count in seeds.items() if count > 1):
+        raise InputError(f"--together: seed {twice[0]} is in two of the experiments; name those of others")
+    arms = [{(row.test_set, row.method, row.budget) for row in rows} for rows, _ in reports]
+    common = set.intersection(*arms)
+    if not common:
+        raise InputError("--together: no arm is in all of the experiments; name others")
+    methods = {method for _, method, _ in common}
+    return (
+        [row for rows, _ in reports for row in rows if (row.test_set, row.method, row.budget) in common],
+        [one for _, sets in reports for one in sets if one["method"] in methods],
+    )
 
 
 def grand_table(experiments: Sequence[Sequence[Row]], test_sets: Sequence[str] = ()) -> Table:
@@ -342,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="CLASS", help="leave these out of all scores"
     )
+    parser.add_argument("--together", action="store_true", help="as one experiment of all their seeds")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--sets", action="store_true", help="a table of each experiment and test set")
     kind.add_argument("--against", metavar="ARM", help="differences to this arm, such as real or base/3x")
@@ -352,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports = [read_report(run) for run in options.runs]
     if options.without:
         reports = [(without(rows, options.without), sets) for rows, sets in reports]
+    if options.together:
+        reports, options.runs = [together(reports)], options.runs[:1]
     _known([rows for rows, _ in reports], options.test_set)
     unit = "DSC in percent, mean ± standard deviation over seeds; changes are paired by seed"
     if options.of:

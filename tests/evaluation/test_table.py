@@ -13,6 +13,7 @@ from evaluation.table import (
     grand_table,
     main,
     measures_table,
+    together,
     with_rare,
     without,
 )
@@ -209,6 +210,27 @@ def test_experiments_are_no_seeds_of_one_another(tmp_path, capsys):
     main([*map(str, paths), "--sets"])
     printed = capsys.readouterr().out
     assert [line for line in printed.splitlines() if line.startswith("**")] == [f"**{p}**" for p in paths]
+
+
+def test_seeds_of_several_experiments_are_taken_together(tmp_path, capsys):
+    """Three pairs in place of two, in the arms of both: +3, +4 and +5.5."""
+    other = [row(84.0, seed=7), row(89.5, "base", 1, 7), row(99.0, "best", 1, 7)]
+    sets = [{"method": "base", "seed": 7, "fid": 1.0}, {"method": "best", "seed": 7, "fid": 2.0}]
+    rows, found = together([(ACDC, []), (other, sets)])
+    assert rows == [*ACDC, *other[:2]]
+    assert found == sets[:1]
+    paths = []
+    for name, kept in (("one", ACDC), ("two", other)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"rows": [asdict(one) for one in kept]}))
+    main([*map(str, paths), "--together", "--against", "real"])
+    printed = capsys.readouterr().out
+    assert "| base 1× | +4.17 ± 1.26 | [+1.04, +7.29] |" in printed  # 4.3027 · 1.2583 / √3 = 3.13
+    assert "best" not in printed
+    with pytest.raises(InputError, match="seed 0 is in two of the experiments"):
+        main([*map(str, paths[:1] * 2), "--together"])
+    with pytest.raises(InputError, match="no arm is in all"):
+        together([(ACDC[:2], []), (other[1:], [])])
 
 
 def test_classes_can_be_left_out():
